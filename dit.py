@@ -1,0 +1,416 @@
+"""Noise to latents: the diffusion transformers DiT and DiT-DH, flow matching, and the samplers.
+
+Paper: "Diffusion Transformers with Representation Autoencoders", arXiv 2510.11690, sections 4 and 5.
+
+Convention, everywhere: t = 0 is data, t = 1 is noise. x_t = (1 - t) x + t eps, and the model predicts the velocity
+v = dx_t / dt = eps - x. x are latents normalised by `normalize`, eps ~ N(0, I).
+Letters: B batch, C latent (token) channels, H x W latent grid, N = H W tokens, D model width, d width of a head.
+
+Modules carry the names of the published checkpoints, so a state dict works here and in the authors' code alike.
+This file needs torch and numpy only.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Trunk sizes; "-DH" adds the DDT head: 2 blocks, 2048 wide. Trainable parameters with C = 768 and 1000 classes, and the
+# published gFID-50k on ImageNet 256 of the DH models after 80 epochs (XL: 1.51 after 800, 1.13 with AutoGuidance).
+SIZES = {
+    "DiT-S": dict(width=384, depth=12, heads=6),  # 33.6 M; with head 196.4 M, 6.07
+    "DiT-B": dict(width=768, depth=12, heads=12),  # 131.7 M; with head 294.1 M, 3.38
+    "DiT-L": dict(width=1024, depth=24, heads=16),  # 459.7 M; with head 621.5 M, 2.35
+    "DiT-XL": dict(width=1152, depth=28, heads=16),  # 677.0 M; with head 838.4 M, 2.16
+}
+SIZES |= {
+    name.replace("DiT", "DiT-DH"): size | dict(head_width=2048, head_depth=2, head_heads=16)
+    for name, size in SIZES.items()
+}
+SIZES["DiT-DH-tiny"] = dict(width=128, depth=4, heads=4, head_width=192, head_depth=2, head_heads=4)  # the demo's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 whatever the autocast dtype."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6).type_as(x)
+
+
+def rope_2d(grid, d, theta=10000.0):
+    """Cosines and sines (2, N, d / 2) that turn queries and keys on a grid x grid image: one angle a channel pair.
+
+    The first half of the pairs turns with the row, the second half with the column.
+    """
+    frequencies = theta ** (-torch.arange(0, d // 2, 2, dtype=torch.float64) / (d // 2))  # (d/4,)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # (grid, d/4)
+    rows, columns = angles.repeat_interleave(grid, 0), angles.repeat(grid, 1)  # (N, d/4) each
+    angles = torch.cat([rows, columns], 1).float()  # (N, d/2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, rope):
+    """Turn the interleaved channel pairs (2i, 2i + 1) of x (B, heads, N, d) by the angles of `rope_2d`."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, N, d/2) each
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, qk_norm):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        if x.device.type == "cpu" and v.dtype == torch.bfloat16:  # the fused kernel is several times slower there
+            x = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).type_as(v) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(gate) * value)
+
+
+def adaln(width, count):
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+
+
+class Block(nn.Module):
+    """A transformer block whose norms are shifted, scaled and gated by c (adaLN-zero).
+
+    c is (B, 1, D) in the trunk: one vector for an image; (B, N, D) in the DDT head: one for each token.
+    """
+
+    def __init__(self, width, heads, qk_norm):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width)
+        self.adaLN_modulation = adaln(width, 6)
+
+    def forward(self, x, c, rope):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)
+        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, latent_dim):
+        super().__init__()
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, latent_dim)
+        self.adaLN_modulation = adaln(width, 2)
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, -1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class LatentEmbedder(nn.Module):
+    """Patch size 1: one linear map for each token, (B, C, H, W) -> (B, N, D)."""
+
+    def __init__(self, latent_dim, width):
+        super().__init__()
+        self.proj = nn.Conv2d(latent_dim, width, 1)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, latent_dim))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).mT
+
+
+class TimeEmbedder(nn.Module):
+    """t (B,) -> (B, D): 256 fixed Gaussian frequencies, then an MLP, in float32 whatever the autocast dtype."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("W", torch.randn(256))
+        self.mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        with torch.autocast(t.device.type, enabled=False):
+            angles = 2 * torch.pi * t.float()[:, None] * self.W  # (B, 256)
+            return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
+
+
+class LabelEmbedder(nn.Module):
+    """y (B,) -> (B, D); the last row of the table is the null class, which stands for "no label"."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+def sincos_2d(grid, width):
+    """MAE's fixed 2D positions (1, N, D): first half from the column, second half from the row, each [sin, cos]."""
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    angles = [np.outer(position.ravel(), frequencies) for position in (column, row)]  # (N, D/4) each
+    table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1)
+    return torch.from_numpy(table).float()[None]
+
+
+class DiT(nn.Module):
+    """The diffusion transformer (LightningDiT's blocks), with the paper's wide shallow DDT head where head_depth > 0.
+
+    Plain DiT: embed, `depth` blocks modulated by time and class, final layer. DiT-DH (section 5): the same blocks are
+    the trunk; its output, with the time, modulates for each token a head of `head_depth` blocks of `head_width`, which
+    reads x_t and writes the velocity. Theorem 1: what reads x_t and writes v must be at least as wide as the C channels
+    of a token, or the loss stays above the sum of the C - D smallest eigenvalues of Cov(eps - x), however deep it is.
+
+    Args: latent_dim C; grid H = W; num_classes: classes besides the null class, 0 for an unconditional model;
+    qk_norm: RMSNorm on queries and keys, which bf16 training needs; allow_narrow: build it against Theorem 1.
+    Raises ValueError for a model that is too narrow for its tokens.
+    """
+
+    def __init__(self, latent_dim=768, grid=16, num_classes=1000, width=1152, depth=28, heads=16,
+                 head_width=0, head_depth=0, head_heads=0, qk_norm=False, allow_narrow=False):  # fmt: skip
+        super().__init__()
+        if (head_width or width) < latent_dim and not allow_narrow:
+            fit = [name for name, size in SIZES.items() if size.get("head_width", size["width"]) >= latent_dim]
+            raise ValueError(
+                f"a model of width {head_width or width} cannot represent velocities of {latent_dim}-wide tokens "
+                f"(Theorem 1 of the paper): use {', '.join(fit) or f'a width of at least {latent_dim}'}, "
+                "or insist with --allow-narrow"
+            )
+        self.config = dict(latent_dim=latent_dim, grid=grid, num_classes=num_classes, width=width, depth=depth,
+                           heads=heads, head_width=head_width, head_depth=head_depth, head_heads=head_heads,
+                           qk_norm=qk_norm)  # fmt: skip
+        self.num_classes = self.null_class = num_classes
+        self.depth, self.has_head = depth, head_depth > 0
+        self.checkpointing = False  # recompute the blocks in backward: less memory, about a third more time
+
+        self.t_embedder = TimeEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width)
+        if self.has_head:
+            self.s_embedder = LatentEmbedder(latent_dim, width)
+            self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
+        self.x_embedder = LatentEmbedder(latent_dim, head_width or width)
+        self.blocks = nn.ModuleList(
+            [Block(width, heads, qk_norm) for _ in range(depth)]
+            + [Block(head_width, head_heads, qk_norm) for _ in range(head_depth)]
+        )
+        self.final_layer = FinalLayer(head_width or width, latent_dim)
+
+        self.register_buffer("pos_embed", sincos_2d(grid, width), persistent=False)
+        self.register_buffer("rope", rope_2d(grid, width // heads), persistent=False)
+        if self.has_head:
+            self.register_buffer("head_rope", rope_2d(grid, head_width // head_heads), persistent=False)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """As the released code. The embeds are Xavier-uniform with zero bias in both kinds of model (LatentEmbedder);
+        the other linears are so in the plain DiT alone, and keep torch's default in a DiT-DH."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and not self.has_head:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # adaLN-zero: every block starts as the identity, and the model as v = 0.
+        for zero in [block.adaLN_modulation[1] for block in self.blocks] + [
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ]:
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    def run(self, blocks, x, c, rope):
+        for block in blocks:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, c, rope, use_reentrant=False)
+            else:
+                x = block(x, c, rope)
+        return x
+
+    def forward(self, x, t, y):
+        """Velocity v (B, C, H, W), float32 outside autocast, of x_t (B, C, H, W) at times t (B,) for labels y (B,)."""
+        size = x.shape[-2:]
+        t = self.t_embedder(t)[:, None]  # (B, 1, D)
+        y = self.y_embedder(y)[:, None]  # (B, 1, D)
+        if self.has_head:
+            s = self.s_embedder(x) + self.pos_embed  # (B, N, D)
+            s = self.run(self.blocks[: self.depth], s, F.silu(t + y), self.rope)
+            c = self.s_projector(F.silu(t + s))  # (B, N, D_head)
+            x = self.x_embedder(x).float()  # (B, N, D_head); the residual stream stays in float32
+            x = self.run(self.blocks[self.depth :], x, c, self.head_rope)
+        else:
+            c = t + y
+            x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+            x = self.run(self.blocks, x, c, self.rope)
+        x = self.final_layer(x, c)  # (B, N, C)
+        return x.mT.unflatten(2, size)  # (B, C, H, W)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latent statistics, the noise schedule and the loss
+
+
+def normalize(z, stats):
+    """Encoder latents z (B, C, H, W) -> zero mean and unit variance for each element; stats: {"mean", "var"}."""
+    return (z - stats["mean"]) / (stats["var"] + 1e-5).sqrt()
+
+
+def denormalize(x, stats):
+    """The inverse of `normalize`: what the diffusion model draws -> what the decoder reads."""
+    return x * (stats["var"] + 1e-5).sqrt() + stats["mean"]
+
+
+def shift_for(latent_shape, base=4096):
+    """Strength a >= 1 of the time shift for latents of (C, H, W) (section 4.3): sqrt(C H W / base).
+
+    6.93 for (768, 16, 16), 13.86 for (768, 32, 32). More dimensions need more noise to be destroyed equally.
+    """
+    return max(1.0, (np.prod(latent_shape) / base) ** 0.5)
+
+
+def time_shift(t, a):
+    """t' = a t / (1 + (a - 1) t): moves times towards noise; keeps 0 and 1 (section 4.3)."""
+    return a * t / (1 + (a - 1) * t)
+
+
+def flow_matching_loss(model, x, y, t, noise):
+    """Mean squared error of the velocity, one value for each image (B,), float32 (section 2).
+
+    x, noise (B, C, H, W): normalised latents and N(0, I); y (B,): labels, some already dropped to the null class;
+    t (B,): times, already shifted.
+    """
+    s = t[:, None, None, None]
+    x_t = (1 - s) * x + s * noise
+    velocity = model(x_t, t, y).float()
+    return (velocity - (noise - x)).square().mean((1, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def guided(model, y, scale=1.0, guide=None, interval=(0.0, 1.0)):
+    """The velocity field v(x, t) that the sampler integrates: guided = weak + scale (model - weak).
+
+    y (B,): labels. The weak field is `guide`, a smaller or less trained model (AutoGuidance, arXiv 2406.02507); or,
+    without one, the same model with the null class (classifier-free guidance). Outside the closed interval of t, and
+    with scale 1, the weak field is not evaluated.
+    """
+    weak, weak_y = (guide, y) if guide is not None else (model, torch.full_like(y, model.null_class))
+
+    def velocity(x, t):
+        times = t.to(x.device).expand(len(x))
+        v = model(x, times, y).float()
+        if scale == 1 or not interval[0] <= t <= interval[1]:
+            return v
+        v_weak = weak(x, times, weak_y).float()
+        return v_weak + scale * (v - v_weak)
+
+    return velocity
+
+
+def sample_noise(seed, indices, shape):
+    """Starting noise of samples: image i is a function of (seed, i) alone, whatever the batch or the number of GPUs."""
+    noise = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in indices]
+    return torch.from_numpy(np.stack(noise))
+
+
+@torch.no_grad()
+def sample(velocity, noise, steps=50, shift=1.0, heun=False):
+    """Integrate dx/dt = velocity(x, t) from noise (t = 1) to data (t = 0): normalised latents shaped like noise.
+
+    Euler on steps + 1 uniform times, each shifted. heun: second order, with two evaluations in each step but the last.
+    `velocity` gets t as a 0-dimensional float32 tensor on the CPU, so that looking at it never waits for the GPU.
+    """
+    grid = time_shift(torch.linspace(1, 0, steps + 1), shift)
+    x = noise
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        v = velocity(x, t)
+        if heun and t_next > 0:
+            v = (v + velocity(x + (t_next - t).item() * v, t_next)) / 2
+        x = x + (t_next - t).item() * v
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def config_from_state(state):
+    """The arguments of `DiT` for a published state dict: shapes tell all but the head counts, which go by width."""
+    heads = {size["width"]: size["heads"] for size in SIZES.values()} | {
+        size["head_width"]: size["head_heads"] for size in SIZES.values() if "head_width" in size
+    }
+    rows, width = state["y_embedder.embedding_table.weight"].shape
+    head_width, latent_dim = state["x_embedder.proj.weight"].shape[:2]
+    has_head = "s_embedder.proj.weight" in state
+    if not {width, head_width} <= heads.keys() or has_head == (width == head_width):
+        raise ValueError(f"no known size has blocks of widths {width} and {head_width}; known: {', '.join(SIZES)}")
+    blocks = [len(value) for key, value in state.items() if key.startswith("blocks.") and key.endswith(".norm1.weight")]
+    config = dict(latent_dim=latent_dim, grid=round(state["pos_embed"].shape[1] ** 0.5), num_classes=rows - 1,
+                  width=width, depth=blocks.count(width), heads=heads[width],
+                  qk_norm="blocks.0.attn.q_norm.weight" in state)  # fmt: skip
+    if has_head:
+        config |= dict(head_width=head_width, head_depth=blocks.count(head_width), head_heads=heads[head_width])
+    return config
+
+
+def load_dit(path):
+    """Read a diffusion model: our dit.pt, or a published stage-2 file (a state dict, or one under "ema").
+
+    Returns (model on the CPU, in eval mode, without gradients; info). For our files info has "stats" {"mean", "var"},
+    each (C, H, W), "encoder" (its name, image size, pixel mean and std), "shift", "label_dropout" and "epoch"; for
+    published ones it is empty.
+    Raises ValueError, in one line, for a file that is neither, and OSError for one that cannot be read.
+    """
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
+        raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({type(error).__name__})") from None
+    kind = file.get("kind", "published") if isinstance(file, dict) else type(file).__name__
+    if kind == "dit":
+        config, state = file["config"], file["model"]
+        info = {key: value for key, value in file.items() if key not in ("kind", "config", "model")}
+    else:
+        state, info = file.get("ema", file) if isinstance(file, dict) else {}, {}
+        if kind != "published" or not {"x_embedder.proj.weight", "pos_embed"} <= state.keys():
+            found = kind if kind != "published" else "the keys " + ", ".join(map(str, list(file)[:3]))
+            raise ValueError(f"{path} is not a diffusion model, ours or published; found: {found}")
+        config = config_from_state(state)
+        state = {key: value for key, value in state.items() if key != "pos_embed" and "feat_rope" not in key}
+    model = DiT(**config, allow_narrow=True)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its model: {' '.join(str(error).split())[:300]}") from None
+    return model.eval().requires_grad_(False), info

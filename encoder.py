@@ -1,0 +1,442 @@
+"""Images to latents: data sets, crops, the loader, the frozen representation encoders, latent statistics.
+
+Paper: "Diffusion Transformers with Representation Autoencoders", arXiv 2510.11690, section 3.
+Letters: B batch, C latent (token) channels, H x W latent grid. Images are uint8 (B, 3, S, S) from the loader and float
+in [0, 1] for the encoder. This file needs torch, numpy, timm and Pillow only.
+"""
+
+import colorsys
+import difflib
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files and crops
+
+
+def find_images(root):
+    """All images below a folder -> (paths sorted within classes, labels, class names).
+
+    Labels follow the first-level folders in sorted order, whatever lies deeper; a folder without class folders is one
+    class. A folder with train/ and val/ inside means its train/. Files are what Pillow can read, hidden ones left out.
+    Raises ValueError for a folder that is missing, without images, or with an empty class.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"no folder {root}: give a folder of images")
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        root = root / "train"
+    suffixes = tuple(Image.registered_extensions())
+
+    def images_below(folder):
+        for parent, folders, files in os.walk(folder, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if name.lower().endswith(suffixes) and not name.startswith("."):
+                    yield os.path.join(parent, name)
+
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    loose = [str(path) for path in sorted(root.iterdir()) if path.is_file() and path.name.lower().endswith(suffixes)]
+    if classes and loose:
+        raise ValueError(f"{root} holds both class folders and images ({Path(loose[0]).name}): move the images away")
+    paths, labels = loose, [0] * len(loose)
+    for label, name in enumerate(classes):
+        found = list(images_below(root / name))
+        if not found:
+            raise ValueError(f"class folder {root / name} holds no image: fill it or remove it")
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise ValueError(f"{root} holds no images that Pillow can read")
+    return paths, labels, classes or [root.name]
+
+
+def open_image(path):
+    """Any image file -> upright 8-bit RGB: EXIF rotation applied, 16 bits scaled, transparency laid on white."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would clip instead of scale
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """ADM's centre crop, the standard of ImageNet generation: halve with a box filter while at least twice too large,
+    bicubic to the size, crop (guided-diffusion, image_datasets.py)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image, resize, size, rng):
+    """Shorter side to `resize` (bicubic), then a random size x size window: the decoder's training images."""
+    scale = resize / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = rng.integers(image.width - size + 1), rng.integers(image.height - size + 1)
+    return image.crop((left, top, left + size, top + size))
+
+
+def center_crop_flip(image, size, rng):
+    """Centre crop, mirrored for one image in two: the diffusion model's training images."""
+    image = center_crop(image, size)
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources of images: a folder, or shapes drawn on the fly
+
+
+class ImageFolder:
+    """A folder of images as `find_images` reads it; open(i) gives (PIL image, label)."""
+
+    def __init__(self, root):
+        paths, labels, self.classes = find_images(root)
+        self.paths = np.array([os.fsencode(path) for path in paths])  # an array: loader workers share its memory
+        self.labels = np.array(labels)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def open(self, index):
+        return open_image(os.fsdecode(self.paths[index])), int(self.labels[index])
+
+
+def polygon(corners, turn=0.0, inner=1.0):
+    """Points (K, 2) on the unit circle, every second one pulled in to radius `inner`: polygons, stars, discs."""
+    angles = 2 * np.pi * (np.arange(corners) / corners + turn) - np.pi / 2
+    radii = np.where(np.arange(corners) % 2, inner, 1.0)
+    return np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None]
+
+
+def heart():
+    a = np.linspace(0, 2 * np.pi, 64)
+    x, y = 16 * np.sin(a) ** 3, 13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)
+    return np.stack([x, -y - 2.5], 1) / 16
+
+
+DISC = polygon(64)
+SHAPES = {  # name -> (outline, hole or None), in units of the radius, y downwards
+    "circle": (DISC, None),
+    "ring": (DISC, 0.55 * DISC),
+    "crescent": (DISC, 0.85 * DISC + [0.5, -0.2]),
+    "square": (polygon(4, 1 / 8), None),
+    "triangle": (polygon(3), None),
+    "star": (polygon(10, inner=0.42), None),
+    "cross": (np.array([(-3, -9), (3, -9), (3, -3), (9, -3), (9, 3), (3, 3), (3, 9), (-3, 9), (-3, 3), (-9, 3),
+                        (-9, -3), (-3, -3)]) / 9, None),
+    "heart": (heart(), None),
+    "arrow": (np.array([(0, -1), (0.85, 0), (0.33, 0), (0.33, 1), (-0.33, 1), (-0.33, 0), (-0.85, 0)]), None),
+    "hourglass": (np.array([(-0.8, -0.95), (0.8, -0.95), (0.12, 0), (0.8, 0.95), (-0.8, 0.95), (-0.12, 0)]), None),
+}  # fmt: skip
+
+
+class Shapes:
+    """An endless toy data set without files: image i of `seed` is one bright shape on a dark gradient.
+
+    Class, hue, place, size, rotation and background are a function of (seed, i) alone.
+    """
+
+    classes = list(SHAPES)
+
+    def __init__(self, count, size, seed=0):
+        self.count, self.size, self.seed = count, size, seed
+        self.open = functools.lru_cache(maxsize=count)(self.draw)  # each is drawn once: it takes longer than a crop
+
+    def __len__(self):
+        return self.count
+
+    def draw(self, index):
+        rng = np.random.default_rng((self.seed, index))
+        label = index % len(self.classes)
+        size, fine = self.size, 4 * self.size  # drawn four times as fine, then averaged
+        radius, turn = rng.uniform(0.3, 0.4), rng.uniform(-0.2, 0.2)
+        center = 0.5 + rng.uniform(-0.06, 0.06, 2)
+        rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        mask = Image.new("L", (fine, fine))
+        for outline, value in zip(SHAPES[self.classes[label]], (255, 0), strict=True):
+            if outline is not None:
+                points = (center + radius * outline @ rotation) * fine
+                ImageDraw.Draw(mask).polygon([tuple(point) for point in points], fill=value)
+        mask = np.asarray(mask.resize((size, size), Image.BOX))[..., None] / 255  # (S, S, 1)
+
+        color = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.65, 1), rng.uniform(0.8, 1)))
+        dark = rng.uniform(5, 75, (2, 3))
+        direction = rng.uniform(0, 2 * np.pi)
+        y, x = np.mgrid[:size, :size] / (size - 1) - 0.5
+        ramp = np.clip(x * np.cos(direction) + y * np.sin(direction) + 0.5, 0, 1)[..., None]
+        background = dark[0] + ramp * (dark[1] - dark[0])
+        return Image.fromarray((background + mask * (color - background)).round().astype(np.uint8)), label
+
+
+def image_source(data, size):
+    """What --data names: `shapes`, 8,000 of them, or a folder."""
+    return Shapes(8000, size) if data == "shapes" else ImageFolder(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader
+
+
+def random_key(*numbers):
+    """Hash (seed, epoch, position, ...) to 63 bits, which seed everything drawn for one image at one step."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Images(torch.utils.data.Dataset):
+    """Items (index, key) -> (uint8 image (3, S, S), label, key, number of broken files replaced).
+
+    transform(image, rng) -> PIL image draws from a generator seeded by the key. A file that cannot be read is named on
+    stderr and replaced by another, chosen from the same generator, with its own label: so batches keep their shape.
+    strict: it is an error instead, for evaluation.
+    """
+
+    def __init__(self, source, transform, strict=False):
+        self.source, self.transform, self.strict = source, transform, strict
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, item):
+        index, key = item
+        rng = np.random.default_rng(key)
+        for replaced in range(100):
+            try:
+                image, label = self.source.open(index)
+                image = np.asarray(self.transform(image, rng))
+                return torch.from_numpy(image.transpose(2, 0, 1).copy()), label, key, replaced
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                path = os.fsdecode(self.source.paths[index])
+                if self.strict:
+                    raise ValueError(f"cannot read {path} ({error}): repair or remove it") from None
+                print(f"unreadable image replaced by another: {path} ({error})", file=sys.stderr, flush=True)
+                index = int(rng.integers(len(self.source)))
+        raise ValueError(f"100 images in a row could not be read, the last one {path}: check the data folder")
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def training_batches(count, batch, micro_batch, steps, seed, rank=0, world_size=1):
+    """Micro-batches [(index, key), ...] of one rank, over the steps of the range `steps`.
+
+    The images are one endless stream, epoch after epoch, each in an order of its own; step s takes the `batch` images
+    from position s * batch on, and rank r its r-th part of them. So what a step sees depends on neither the number of
+    processes nor the micro-batch, no image is skipped at the end of an epoch, and a run resumes at any step.
+    """
+    local = batch // world_size
+    for step in steps:
+        first = step * batch + rank * local
+        for start in range(first, first + local, micro_batch):
+            items = []
+            for position in range(start, start + micro_batch):
+                epoch, place = divmod(position, count)
+                items.append((int(epoch_order(count, seed, epoch)[place]), random_key(seed, epoch, place)))
+            yield items
+
+
+def ignore_signals(_):
+    """Loader workers leave Ctrl-C and SIGTERM to the trainer, which still needs them to finish its step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def make_loader(dataset, batches, workers, device):
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=torch.device(device).type == "cuda",
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_signals,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frozen encoders
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+# name -> timm model, pixel statistics, and what the Hugging Face encoders, which the published decoders were trained
+# on, do otherwise than timm: MAE's positions are resized without antialias and its LayerNorms have eps 1e-12; SigLIP2
+# has tanh-GELU.
+ENCODERS = {
+    "dinov2-s": dict(model="vit_small_patch14_reg4_dinov2.lvd142m", pixels=IMAGENET),
+    "dinov2-b": dict(model="vit_base_patch14_reg4_dinov2.lvd142m", pixels=IMAGENET),
+    "dinov2-l": dict(model="vit_large_patch14_reg4_dinov2.lvd142m", pixels=IMAGENET),
+    "siglip2-b": dict(model="vit_base_patch16_siglip_256.v2_webli", pixels=HALF, vit=dict(act_layer="gelu_tanh")),
+    "mae-b": dict(
+        model="vit_base_patch16_224.mae",
+        pixels=IMAGENET,
+        antialias=False,
+        vit=dict(norm_layer=functools.partial(nn.LayerNorm, eps=1e-12)),
+    ),
+    # The demo's encoder: a small ViT whose weights are random, from a fixed seed. It has learned nothing.
+    "random-tiny": dict(
+        model="vit_tiny_patch16_224",
+        pixels=HALF,
+        vit=dict(patch_size=8, embed_dim=128, depth=3, num_heads=4, class_token=False, global_pool=""),
+    ),
+}
+
+
+class Encoder(nn.Module):
+    """A frozen vision transformer: images (B, 3, S, S) in [0, 1] -> latents (B, C, H, W), un-normalised.
+
+    name: one of ENCODERS, or any timm vision transformer by its timm name. image_size: the images' side in pixels;
+    models with patch 14 see images of 14/16 of it, so that the grid is image_size / 16. weights: a local file in timm's
+    key names; without it timm downloads them. vit: further arguments for timm's model.
+    The final LayerNorm has no affine, and prefix tokens (CLS, registers) are dropped (section 3).
+    Attributes: latent_dim C, grid H = W, mean and std (1, 3, 1, 1) of its pixels.
+    Raises ValueError, in one line, for unknown names, sizes that don't fit and weights that are out of reach.
+    """
+
+    def __init__(self, name="dinov2-b", image_size=256, weights=None, **vit):
+        super().__init__()
+        if name not in ENCODERS and not timm.is_model(name):
+            near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models("*vit*", pretrained=True)], n=2)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ValueError(f"unknown encoder {name}: {hint}one of {', '.join(ENCODERS)}, or a timm ViT by its name")
+        row = ENCODERS.get(name, dict(model=name))
+        vit = row.get("vit", {}) | vit
+        self.name, self.image_size = name, image_size
+        if name == "random-tiny":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.vit = timm.create_model(row["model"], num_classes=0, **vit)
+        else:
+            self.vit = load_vit(row["model"], weights, vit)
+        if not isinstance(self.vit, timm.models.VisionTransformer):
+            raise ValueError(f"encoder {name} is a {type(self.vit).__name__}, not a vision transformer with tokens")
+
+        self.latent_dim = self.vit.embed_dim
+        patch = self.vit.patch_embed.patch_size[0]
+        self.input_size = image_size * 14 // 16 if patch == 14 else image_size
+        self.grid = self.input_size // patch
+        if image_size < 1 or self.grid * patch != self.input_size or patch == 14 and image_size % 16:
+            raise ValueError(
+                f"image size {image_size} does not fit encoder {name}: use a multiple of {16 if patch == 14 else patch}"
+            )
+        self.resize_positions(antialias=row.get("antialias", True))
+        eps = next(m.eps for m in (self.vit.norm, self.vit.fc_norm, self.vit.blocks[-1].norm2) if hasattr(m, "eps"))
+        self.vit.norm = nn.LayerNorm(self.latent_dim, eps=eps, elementwise_affine=False)
+        self.vit.attn_pool, self.vit.fc_norm = None, nn.Identity()  # what comes after the tokens has no use here
+        pixels = row.get("pixels") or {key: self.vit.pretrained_cfg[key] for key in ("mean", "std")}
+        self.register_buffer("mean", torch.tensor(pixels["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(pixels["std"]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def resize_positions(self, antialias):
+        """Resample the position embedding from the grid of the weights to ours, bicubic."""
+        positions = self.vit.pos_embed
+        native = self.vit.patch_embed.grid_size
+        if native == (self.grid, self.grid):
+            return
+        prefix = positions.shape[1] - native[0] * native[1]  # DINOv2's positions have no rows for the prefix tokens
+        patches = positions[:, prefix:].unflatten(1, native).permute(0, 3, 1, 2)  # (1, C, h, w)
+        patches = F.interpolate(patches, (self.grid, self.grid), mode="bicubic", antialias=antialias)
+        self.vit.set_input_size(self.input_size)
+        self.vit.pos_embed = nn.Parameter(torch.cat([positions[:, :prefix], patches.flatten(2).mT], 1))
+
+    def train(self, mode=True):
+        """Stays in eval mode: it is frozen."""
+        return super().train(False)
+
+    @property
+    def record(self):
+        """What a checkpoint keeps of its encoder: plain values."""
+        return dict(name=self.name, image_size=self.image_size, latent_dim=self.latent_dim, grid=self.grid,
+                    mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())  # fmt: skip
+
+    @torch.no_grad()
+    def forward(self, images):
+        if images.shape[-1] != self.input_size:
+            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
+        tokens = self.vit.forward_features((images - self.mean) / self.std)  # (B, prefix + N, C)
+        tokens = tokens[:, self.vit.num_prefix_tokens :].float()  # (B, N, C)
+        return tokens.mT.unflatten(2, (self.grid, self.grid))  # (B, C, H, W)
+
+
+def load_vit(model, weights, vit):
+    """timm's vision transformer with its pretrained weights, from a local file or the hub."""
+    if weights is None:
+        try:
+            return timm.create_model(model, pretrained=True, num_classes=0, **vit)
+        except Exception as error:  # the hub's client raises many kinds
+            raise ValueError(
+                f"cannot download the weights of {model} ({type(error).__name__}): fetch model.safetensors of "
+                f"https://huggingface.co/timm/{model} on a machine with network and pass it with --encoder-weights"
+            ) from None
+    network = timm.create_model(model, num_classes=0, **vit)
+    try:
+        state = timm.models.load_state_dict(weights, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no encoder weights at {weights}: give the path of a timm state dict") from None
+    except Exception as error:
+        raise ValueError(f"{weights} is not a file of encoder weights ({type(error).__name__})") from None
+    for key, value in network.state_dict().items():
+        unused = key.startswith(("norm.", "fc_norm.", "attn_pool."))
+        if not unused and (key not in state or state[key].shape != value.shape):
+            raise ValueError(f"{weights} does not fit {model}: {key} is missing or has another shape")
+    network.load_state_dict(state, strict=False)  # a head or a pooling layer in the file has no use here
+    return network
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latent statistics
+
+
+def latent_statistics(encoder, loader, device, distributed=False, autocast=None):
+    """Mean and variance of each latent element over the images of the loaders of all ranks.
+
+    Returns {"mean", "var"}, each (C, H, W) float32; accumulated in float64, so that neither the batch size nor the
+    number of ranks matters. The diffusion model sees (z - mean) / sqrt(var + 1e-5).
+    """
+    shape = (encoder.latent_dim, encoder.grid, encoder.grid)
+    total = torch.zeros(2, *shape, dtype=torch.float64, device=device)
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    for images, *_ in loader:
+        latents = encoder(images.to(device, non_blocking=True).float() / 255).double()
+        total += torch.stack([latents.sum(0), latents.square().sum(0)])
+        count += len(latents)
+    if distributed:
+        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(count)
+    mean, square = total / count
+    return {"mean": mean.float(), "var": (square - mean.square()).clamp(min=0).float()}
+
+
+def load_stats(path, shape):
+    """Read a stat.pt, ours or published: {"mean": None or (C, H, W), "var": (C, H, W)}; None means 0.
+
+    Raises ValueError for another content or another shape than `shape` (C, H, W).
+    """
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+        mean, var = file["mean"], file["var"]
+        mean = torch.zeros_like(var) if mean is None else mean
+        found = tuple(mean.shape), tuple(var.shape)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} holds no latent statistics, a mean and a var ({type(error).__name__})") from None
+    if found != (tuple(shape), tuple(shape)):
+        raise ValueError(f"{path} has statistics of shapes {found[0]} and {found[1]}, the model needs {tuple(shape)}")
+    return {"mean": mean.float(), "var": var.float()}

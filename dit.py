@@ -10,6 +10,8 @@ Modules carry the names of the published checkpoints, so a state dict works here
 This file needs torch and numpy only.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -293,7 +295,7 @@ def shift_for(latent_shape, base=4096):
 
     6.93 for (768, 16, 16), 13.86 for (768, 32, 32). More dimensions need more noise to be destroyed equally.
     """
-    return max(1.0, (np.prod(latent_shape) / base) ** 0.5)
+    return max(1.0, math.sqrt(math.prod(latent_shape) / base))
 
 
 def time_shift(t, a):

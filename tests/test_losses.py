@@ -1,0 +1,405 @@
+"""Stage 1's adversarial parts against golden values, closed forms, and second ways to compute the same thing."""
+
+import math
+import re
+import socket
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import assert_close, golden, read_golden
+
+from train_decoder import Discriminator, adaptive_weight, diffaug, hinge_loss, load_dino, lr_at, quantize
+
+
+def save_tiny_dino(path, depth=12, seed=0, **shape):
+    """A random ViT in a file that --dino-weights takes: 32 px, patch 8, so 16 tokens; `shape` overrides."""
+    torch.manual_seed(seed)
+    shape = dict(img_size=32, patch_size=8, embed_dim=16, num_heads=2) | shape
+    vit = timm.models.VisionTransformer(num_classes=0, depth=depth, **shape)
+    torch.save(vit.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def discriminator(tmp_path):
+    return Discriminator(save_tiny_dino(tmp_path / "dino.pt"))
+
+
+def uniform(*shape, seed=0, low=0.0, high=1.0, dtype=torch.float32):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * (high - low) + low
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Discriminator
+
+
+def head_name(name):
+    """From the published module names and torch's old spectral_norm to ours and torch's parametrisation."""
+    for old, new in {
+        r"^(\d+)\.0\.": r"\1.embed.", r"^(\d+)\.1\.fn\.": r"\1.mix.", r"^(\d+)\.2\.": r"\1.logit.",
+        r"weight_orig$": "parametrizations.weight.original", r"weight_([uv])$": r"parametrizations.weight.0._\1",
+    }.items():  # fmt: skip
+        name = re.sub(old, new, name)
+    return name
+
+
+@golden("discriminator")
+@torch.no_grad()
+def test_golden_discriminator(file, tmp_path):
+    arrays, config, states = read_golden(file)
+    torch.save(states["vit"], tmp_path / "dino.pt")
+    model = Discriminator(tmp_path / "dino.pt", num_heads=config["num_heads"], hooks=config["hooks"]).eval()
+    assert (model.vit.embed_dim, len(model.vit.blocks)) == (config["embed_dim"], config["depth"])
+    assert model.vit.patch_embed.img_size == (config["img_size"],) * 2
+    assert model.vit.patch_embed.patch_size == (config["patch_size"],) * 2
+    model.heads.load_state_dict({head_name(key): value for key, value in states["heads"].items()})
+    assert_close(model(arrays["images"]), arrays["logits"])
+
+
+def test_backbone_frozen_and_in_eval_mode(discriminator):
+    before = {key: value.clone() for key, value in discriminator.vit.state_dict().items()}
+    trainable = [name for name, parameter in discriminator.named_parameters() if parameter.requires_grad]
+    assert trainable and all(name.startswith("heads.") for name in trainable)
+    assert (
+        len(trainable) == len(list(discriminator.heads.parameters())) == 5 * 2 * (3 + 2)
+    )  # w and b of 3 convs, 2 norms
+    discriminator.train()
+    assert discriminator.heads.training and not any(module.training for module in discriminator.vit.modules())
+    optimizer = torch.optim.SGD([p for p in discriminator.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
+    discriminator(uniform(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    for key, value in discriminator.vit.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_gradient_reaches_every_pixel(discriminator):
+    """Through the resize (from another size than the ViT's) and through every head."""
+    images = uniform(2, 3, 24, 24, low=-1).requires_grad_()
+    logits = discriminator(images)
+    assert logits.shape == (2, 5 * 16)
+    for head in logits.unflatten(1, (5, 16)).unbind(1):
+        (gradient,) = torch.autograd.grad(head.square().sum(), images, retain_graph=True)
+        assert gradient.isfinite().all() and (gradient != 0).all()
+
+
+def test_one_pass_of_the_backbone(discriminator):
+    calls = []
+    for block in discriminator.vit.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    discriminator(uniform(1, 3, 32, 32))
+    assert len(calls) == len(discriminator.vit.blocks)
+
+
+def test_spectral_norm_bounds_every_convolution(discriminator):
+    """Largest singular value 1, of every conv1d as a matrix, once the power iteration has settled."""
+    convolutions = [module for module in discriminator.modules() if isinstance(module, torch.nn.Conv1d)]
+    assert len(convolutions) == 5 * 3
+    with torch.no_grad():
+        for convolution in convolutions:
+            convolution.parametrizations.weight.original.mul_(7)
+            for _ in range(100):
+                convolution.weight  # noqa: B018 (in training mode each access is one iteration)
+            assert torch.linalg.matrix_norm(convolution.weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-3)
+
+
+@torch.no_grad()
+def test_logits_of_an_image_do_not_depend_on_its_batch(discriminator):
+    discriminator.eval()
+    images = uniform(3, 3, 32, 32, low=-1)
+    torch.testing.assert_close(discriminator(images)[1:2], discriminator(images[1:2]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_file_of_the_true_size_is_the_downloaded_model(tmp_path, monkeypatch):
+    """What load_dino infers from shapes is timm's vit_small_patch8_224.dino, down to heads and GELU."""
+    create, asked = timm.create_model, {}
+
+    def without_download(name, pretrained, **options):
+        asked.update(name=name, pretrained=pretrained)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    downloaded = load_dino()
+    assert asked == dict(name="vit_small_patch8_224.dino", pretrained=True)
+    torch.save(downloaded.state_dict(), tmp_path / "dino.pth")
+    local = load_dino(tmp_path / "dino.pth")
+    activations = {type(block.mlp.act).__name__ for vit in (local, downloaded) for block in vit.blocks}
+    assert activations == {"GELUTanh"} and local.blocks[0].attn.num_heads == 6
+    assert len(local.blocks) == len(downloaded.blocks) == 12
+    local.blocks, downloaded.blocks = local.blocks[:2], downloaded.blocks[:2]  # quick
+    images = uniform(1, 3, 224, 224, low=-2, high=2)
+    assert torch.equal(local.forward_features(images), downloaded.forward_features(images))
+
+
+def test_safetensors_and_wrapped_files_load(tmp_path):
+    state = torch.load(save_tiny_dino(tmp_path / "dino.pt"))
+    torch.save({"model": state}, tmp_path / "wrapped.pth")
+    pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "dino.safetensors")
+    for name in ("wrapped.pth", "dino.safetensors"):
+        loaded = load_dino(tmp_path / name).state_dict()
+        assert all(torch.equal(loaded[key], state[key]) for key in state), name
+
+
+def test_head_count_of_the_backbone(tmp_path):
+    """One per 64 channels, at least two, or as given."""
+    for width, given, heads in [(16, None, 2), (192, None, 3), (16, 4, 4)]:
+        path = save_tiny_dino(tmp_path / "dino.pt", depth=1, embed_dim=width, num_heads=1)
+        assert load_dino(path, given).blocks[0].attn.num_heads == heads
+
+
+def test_blocks_read_by_the_heads(tmp_path):
+    """The last block first, then the published hooks; in a deeper ViT too."""
+    for depth in (12, 13):
+        model = Discriminator(save_tiny_dino(tmp_path / "dino.pt", depth=depth))
+        assert model.blocks == [depth - 1, 2, 5, 8, 11]
+
+
+def test_unusable_backbones_are_refused_in_one_line(tmp_path, caplog):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save({"vit": torch.nn.Linear(1, 1)}, tmp_path / "pickle.pt")
+    state = torch.load(save_tiny_dino(tmp_path / "short.pt"))
+    torch.save({key: value for key, value in state.items() if key != "norm.bias"}, tmp_path / "short.pt")
+    save_tiny_dino(tmp_path / "shallow.pt", depth=11)
+    for name, reason in {
+        "absent.pt": "FileNotFoundError", "text.pt": "", "other.pt": "patch_embed", "pickle.pt": "weights_only",
+        "short.pt": "norm.bias", "shallow.pt": "11 blocks",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match="--dino-weights") as error:
+            Discriminator(tmp_path / name)
+        message = str(error.value)
+        assert str(tmp_path / name) in message and reason in message and "\n" not in message, message
+    assert not caplog.records
+
+
+def test_offline_says_what_to_fetch_and_where_to_pass_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # nothing cached; conftest: offline
+    with pytest.raises(ValueError) as error:
+        Discriminator()
+    message = str(error.value)
+    assert "https://huggingface.co/timm/vit_small_patch8_224.dino/" in message and "\n" not in message
+    assert "--dino-weights PATH" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiffAug
+
+
+def diffaug_one(image, draw):
+    """The definition, one image (3, H, W) and one pixel at a time."""
+    C, H, W = image.shape
+    reach = [int(side / 8 + 0.5) for side in (W, H)]
+    right, down = (math.floor(u * (2 * r + 1)) - r for u, r in zip(draw[:2].tolist(), reach, strict=True))
+    moved = torch.zeros_like(image)
+    for y in range(H):
+        for x in range(W):
+            if 0 <= y - down < H and 0 <= x - right < W:
+                moved[:, y, x] = image[:, y - down, x - right]
+    brightness, saturation, contrast = draw[2:].tolist()
+    moved = moved + (brightness - 0.5)
+    for y in range(H):
+        for x in range(W):
+            grey = moved[:, y, x].sum() / C
+            moved[:, y, x] = grey + (moved[:, y, x] - grey) * 2 * saturation
+    mean = moved.sum() / moved.numel()
+    return mean + (moved - mean) * (0.5 + contrast)
+
+
+def shifted(images, offset, dim):
+    """Roll, then zero what came around."""
+    out = images.roll(offset, dim)
+    around = range(offset) if offset >= 0 else range(out.shape[dim] + offset, out.shape[dim])
+    return out.index_fill(dim, torch.tensor(list(around), dtype=torch.long), 0)
+
+
+# Draws that leave an image alone: offset 0, + 0, * 1, * 1
+STILL = torch.full((5,), 0.5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (30, 7)])
+def test_diffaug_equals_its_definition(size):
+    images, draws = uniform(6, 3, *size, low=-1), uniform(6, 5, seed=1)
+    expected = torch.stack([diffaug_one(image, draw) for image, draw in zip(images, draws, strict=True)])
+    torch.testing.assert_close(diffaug(images, draws), expected)
+
+
+@pytest.mark.parametrize("column", range(5))
+def test_diffaug_column_alone_covers_its_range(column):
+    """Each column from 0 to just below 1, the others still: only its transform acts, and reaches both ends."""
+    images = uniform(1, 3, 32, 24, low=-1)
+    assert torch.allclose(diffaug(images, STILL[None]), images, atol=1e-6)
+    draws = STILL.repeat(257, 1)
+    draws[:, column] = torch.linspace(0, 1, 257).clamp(max=1 - 2**-24)
+    out = diffaug(images.expand(257, -1, -1, -1), draws)
+    if column < 2:
+        dim, reach = 3 - column, (3, 4)[column]  # an eighth of 24 columns, of 32 rows
+        offsets = []
+        for image in out:
+            moved = [
+                offset
+                for offset in range(-reach, reach + 1)
+                if torch.allclose(shifted(images, offset, dim), image[None], atol=1e-6)
+            ]
+            assert len(moved) == 1
+            offsets += moved
+        assert offsets == sorted(offsets) and set(offsets) == set(range(-reach, reach + 1))
+        counts = [offsets.count(offset) for offset in range(-reach, reach + 1)]
+        assert max(counts) - min(counts) <= 2  # uniform
+        return
+    low, high = ((-0.5, 0.5), (0, 2), (0.5, 1.5))[column - 2]
+    amount = torch.linspace(low, high, 257).view(-1, 1, 1, 1)
+    centre = {2: 0, 3: images.mean(1, keepdim=True), 4: images.mean()}[column]
+    expected = images + amount if column == 2 else centre + (images - centre) * amount
+    torch.testing.assert_close(out, expected)
+
+
+def test_diffaug_translation_fills_with_zeros():
+    draws = STILL.repeat(2, 1)
+    draws[0, :2] = torch.tensor([0.0, 1 - 2**-24])  # 2 left, 2 down
+    draws[1, :2] = torch.tensor([1 - 2**-24, 0.0])  # 2 right, 2 up
+    out = diffaug(torch.ones(2, 3, 16, 16), draws)
+    expected = torch.zeros(2, 3, 16, 16)
+    expected[0, :, 2:, :-2] = 1
+    expected[1, :, :-2, 2:] = 1
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
+def test_diffaug_of_an_image_does_not_depend_on_its_batch():
+    images, draws = uniform(5, 3, 16, 16, low=-1), uniform(5, 5, seed=1)
+    together = diffaug(images, draws)
+    for i in range(5):
+        torch.testing.assert_close(diffaug(images[i : i + 1], draws[i : i + 1])[0], together[i])
+
+
+def test_diffaug_is_differentiable():
+    images = uniform(2, 3, 8, 6, low=-1, dtype=torch.float64).requires_grad_()
+    draws = uniform(2, 5, seed=2)
+    assert torch.autograd.gradcheck(lambda x: diffaug(x, draws), images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def test_hinge_loss_closed_form():
+    real, fake = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]), torch.tensor([[-3.0, -0.5, 0.0, 2.0]])
+    expected = 0.5 * ((0 + 0.5 + 2 + 0) / 4 + (0 + 0.5 + 1 + 3) / 4)
+    assert hinge_loss(real, fake).item() == pytest.approx(expected)
+
+
+def norm(*gradients):
+    return math.sqrt(sum(value**2 for gradient in gradients for value in gradient.flatten().tolist()))
+
+
+def test_adaptive_weight_definition_and_bounds():
+    g_rec, g_gan = uniform(2, 3, 4, 4, low=-1), uniform(2, 3, 4, 4, seed=1, low=-1) * 0.01
+    weight = adaptive_weight(g_rec, g_gan)
+    assert weight.shape == () and weight.item() == pytest.approx(norm(g_rec) / (norm(g_gan) + 1e-6), rel=1e-5)
+    rec, gan = g_rec * 1e-3, g_gan * 1e-4  # where the 1e-6 shows, below the clamp
+    assert adaptive_weight(rec, gan).item() == pytest.approx(norm(rec) / (norm(gan) + 1e-6), rel=1e-5)
+    assert adaptive_weight(g_rec, torch.zeros_like(g_gan)).item() == pytest.approx(1e4)  # clamped
+    assert adaptive_weight(torch.zeros_like(g_rec), g_gan).item() == 0
+    assert not adaptive_weight(g_rec.requires_grad_(), g_gan).requires_grad
+
+
+def test_gradients_at_the_pixels_equal_plain_autograd(discriminator):
+    """Two gradients at the detached pixels and one backward of the decoder with g_rec + 0.75 w g_gan give what
+    autograd gives for L1 + 0.75 w GAN with w held fixed, w from the definition on the undetached graph."""
+    discriminator.eval()
+    target, latents, draws = uniform(2, 3, 32, 32), uniform(2, 8, seed=1), uniform(2, 5, seed=2)
+    torch.manual_seed(0)
+    decoder = torch.nn.Sequential(torch.nn.Linear(8, 3 * 32 * 32), torch.nn.Unflatten(1, (3, 32, 32)))
+
+    def losses(pixels):  # pixels in [0, 1]
+        return F.l1_loss(pixels, target), -discriminator(diffaug(2 * pixels - 1, draws)).mean()
+
+    pixels = decoder(latents)
+    rec, gan = losses(pixels)
+    w = norm(*torch.autograd.grad(rec, pixels, retain_graph=True)) / (
+        norm(*torch.autograd.grad(gan, pixels, retain_graph=True)) + 1e-6
+    )
+    assert 1e-3 < w < 1e4
+    expected = torch.autograd.grad(rec + 0.75 * w * gan, list(decoder.parameters()))
+
+    pixels = decoder(latents)
+    leaf = pixels.detach().requires_grad_()
+    rec, gan = losses(leaf)
+    (g_rec,), (g_gan,) = torch.autograd.grad(rec, leaf), torch.autograd.grad(gan, leaf)
+    weight = adaptive_weight(g_rec, g_gan)
+    assert weight.item() == pytest.approx(w, rel=1e-5)
+    pixels.backward(g_rec + 0.75 * weight * g_gan)
+    for parameter, gradient in zip(decoder.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def adaptive_weight_on_rank(rank, port, g_rec, g_gan, results):
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    local = slice(2 * rank, 2 * rank + 2)
+    # the losses are means over the batch, so with half of it each image's gradient is twice as large
+    results[rank] = adaptive_weight(2 * g_rec[local], 2 * g_gan[local]).item()
+    dist.destroy_process_group()
+
+
+def test_adaptive_weight_of_two_ranks_is_that_of_one_with_the_whole_batch():
+    g_rec = uniform(4, 3, 4, 4) * torch.tensor([1.0, 2.0, 3.0, 9.0]).view(-1, 1, 1, 1)  # the ranks differ
+    g_gan = uniform(4, 3, 4, 4, seed=1) * 1e-6  # where the 1e-6 in the definition matters
+    g_rec = g_rec * 1e-6
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = torch.zeros(2).share_memory_()
+    torch.multiprocessing.spawn(adaptive_weight_on_rank, (port, g_rec, g_gan, results), nprocs=2)
+    assert results[0] == results[1]
+    assert results[0].item() == pytest.approx(norm(g_rec) / (norm(g_gan) + 1e-6), rel=1e-5)
+
+
+def test_quantize_gives_the_256_levels():
+    levels = torch.arange(256) / 127.5 - 1
+    torch.testing.assert_close(quantize(levels), levels, rtol=0, atol=1e-7)
+    torch.testing.assert_close(quantize(levels + 0.49 / 127.5)[:-1], levels[:-1], rtol=0, atol=1e-7)
+    torch.testing.assert_close(quantize(levels - 0.49 / 127.5)[1:], levels[1:], rtol=0, atol=1e-7)
+    assert quantize(torch.tensor([-3.0, -1.001, 1.001, 3.0])).tolist() == [-1, -1, 1, 1]
+
+
+def test_nothing_here_reads_back_to_the_host(discriminator):
+    """On the meta device any .item(), bool() or copy to the host raises."""
+    images = torch.empty(2, 3, 16, 16, device="meta")
+    assert diffaug(images, torch.empty(2, 5, device="meta")).shape == images.shape
+    assert adaptive_weight(images, images).shape == ()
+    assert quantize(images).shape == images.shape
+    assert hinge_loss(images, images).shape == ()
+    assert discriminator.to("meta")(images).shape == (2, 5 * 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule
+
+
+def test_schedule_closed_form():
+    """Recipe: 16 epochs, 1 of warm-up, 2e-4 to 2e-5; ImageNet at batch 512 has 2502 steps an epoch."""
+    epoch = 2502
+    recipe = dict(lr=2e-4, lr_end=2e-5, warmup=epoch, total=16 * epoch)
+    for step in range(0, 17 * epoch, 97):
+        if step < epoch:
+            expected = 2e-4 * step / epoch
+        else:  # half a period of a cosine over the 15 epochs after the warm-up
+            angle = math.pi * (min(step, 16 * epoch) - epoch) / (15 * epoch)
+            expected = (2e-4 + 2e-5) / 2 + (2e-4 - 2e-5) / 2 * math.cos(angle)
+        assert lr_at(step, **recipe) == pytest.approx(expected, rel=1e-12), step
+    assert lr_at(0, **recipe) == 0
+    assert lr_at(epoch // 2, **recipe) == pytest.approx(1e-4)
+    assert lr_at(epoch, **recipe) == 2e-4
+    assert lr_at(16 * epoch, **recipe) == pytest.approx(2e-5)  # the decoder's end
+    assert lr_at(99 * epoch, **recipe) == pytest.approx(2e-5)
+    assert lr_at(10 * epoch, **recipe) == pytest.approx(8.2e-5, abs=0.05e-5)  # the discriminator sees 10 of 16 epochs
+
+
+def test_schedule_without_warmup_or_without_decay():
+    assert lr_at(0, lr=1.0, lr_end=0.1, warmup=0, total=10) == 1.0
+    assert lr_at(5, lr=1.0, lr_end=0.1, warmup=0, total=10) == pytest.approx(0.55)
+    assert lr_at(3, lr=1.0, lr_end=0.1, warmup=4, total=4) == 0.75  # a run shorter than its warm-up
+    assert lr_at(4, lr=1.0, lr_end=0.1, warmup=4, total=4) == 1.0
+    assert isinstance(lr_at(3, lr=1.0, lr_end=0.1, warmup=4, total=9), float)

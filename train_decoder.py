@@ -1,0 +1,618 @@
+"""Stage 1: train the decoder, which turns the latents of a frozen encoder back into pixels.
+
+    torchrun --nproc_per_node=gpu train_decoder.py --data imagenet/                      # ViT-XL, the paper's recipe
+    torchrun --nproc_per_node=gpu train_decoder.py --data imagenet/ --preset imagenet512
+    python train_decoder.py --data photos/ --model ViT-B --micro-batch 8                 # one GPU, your own images
+    python train_decoder.py --preset demo                                                # no data, no GPU, minutes
+
+The same command again resumes. Paper: arXiv 2510.11690, section 3 and its appendix. It writes to --out:
+    decoder.pt      EMA weights and configuration: what sample.py and train_dit.py read
+    last.pt         everything that is needed to go on exactly where training stopped
+    log.csv         one row for each logged interval
+    preview-*.png   images above their reconstructions by the EMA weights
+To evaluate: sample.py --reconstruct imagenet/val --out recon.npz, then fid.py imagenet/val recon.npz --paired.
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.utils import ModelEmaV3, init_distributed_device
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import spectral_norm
+from tqdm import tqdm
+
+import decoder as decoders
+import encoder as encoders
+import fid
+
+IMAGENET = dict(
+    encoder="dinov2-b", size=256, resize=384, model="ViT-XL", epochs=16, batch=512, micro_batch=16, lr=2e-4,
+    lr_end=2e-5, beta1=0.9, beta2=0.95, warmup=1.0, ema=0.9978, tau=0.8, lpips=1.0, gan=0.75, disc_start=6.0,
+    gan_start=8.0, precision="tf32", preview_every=1.0, save_every=1.0, log_every=100,
+)  # fmt: skip
+PRESETS = {
+    "imagenet256": IMAGENET,
+    "imagenet512": IMAGENET | dict(size=512, resize=768, micro_batch=4),
+    "demo": IMAGENET | dict(
+        data="shapes", encoder="random-tiny", size=32, resize=32, model="ViT-tiny", epochs=6, batch=32, micro_batch=32,
+        lr=3e-3, lr_end=3e-5, warmup=0.2, ema=0.99, tau=0.2, lpips=0.0, gan=0.0, precision="float32",
+        preview_every=2.0, save_every=2.0, log_every=50,
+    ),
+}  # fmt: skip
+# Arguments that may change between runs in one folder: they do not shape the result, or only how long it is worked on.
+FREE = {"preset", "out", "data", "epochs", "preview_every", "save_every", "log_every", "micro_batch", "device",
+        "workers", "compile", "checkpointing", "encoder_weights", "lpips_weights", "vgg_weights",
+        "dino_weights"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The discriminator: five light heads that read a frozen DINO ViT. StyleGAN-T (arXiv 2301.09515), section 3.2
+
+DINO = "vit_small_patch8_224.dino"  # timm's name of DINO ViT-S/8, arXiv 2104.14294
+
+
+def load_dino(weights=None, num_heads=None):
+    """DINO ViT-S/8 with the tanh form of GELU, which is how the authors' released code runs it.
+
+    weights: a local file in timm's or DINO's own key names (.safetensors, .pth, ...); None takes timm's download or
+    its cache. The file's shapes set width, depth, patch and image size, so any plain ViT with a class token serves.
+    num_heads: of that file, whose shapes don't tell; None is one per 64 channels, at least two.
+    Raises ValueError, in one line, for weights that are neither downloadable nor usable.
+    """
+    if weights is None:
+        try:
+            return timm.create_model(DINO, pretrained=True, num_classes=0, act_layer="gelu_tanh")
+        except Exception as error:  # each version of the hub's client fails in its own way
+            raise ValueError(
+                f"cannot download the discriminator's backbone ({type(error).__name__}); without a network, fetch "
+                f"https://huggingface.co/timm/{DINO}/resolve/main/model.safetensors elsewhere "
+                "and pass it as --dino-weights PATH"
+            ) from error
+    try:
+        with open(weights, "rb"):  # a missing file ends here; timm would also log it
+            state = timm.models.load_state_dict(weights, weights_only=True)
+        D, _, patch, _ = state["patch_embed.proj.weight"].shape
+        vit = timm.models.VisionTransformer(
+            img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,  # the position of the class token aside
+            patch_size=patch,
+            num_classes=0,
+            embed_dim=D,
+            depth=sum(key.endswith("norm1.weight") for key in state),
+            num_heads=num_heads or max(2, D // 64),
+            mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / D,
+            act_layer="gelu_tanh",
+        )
+        vit.load_state_dict(state)
+        return vit
+    except Exception as error:  # unreadable, damaged, or not a ViT
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise ValueError(f"--dino-weights {weights}: expected the tensors of timm's {DINO}; {reason}") from error
+
+
+class DiscriminatorHead(nn.Module):
+    """Features (B, D, N) of one ViT block to one logit per token, (B, N)."""
+
+    def __init__(self, D):
+        super().__init__()
+
+        def conv(out, kernel):
+            return spectral_norm(nn.Conv1d(D, out, kernel, padding=kernel // 2, padding_mode="circular"))
+
+        def block(kernel):  # the batch-local norm with a virtual batch of 1 is an instance norm: batches don't mix
+            return nn.Sequential(conv(D, kernel), nn.InstanceNorm1d(D, eps=1e-6, affine=True), nn.LeakyReLU(0.2))
+
+        self.embed, self.mix, self.logit = block(1), block(9), conv(1, 1)
+
+    def forward(self, x):  # (B, D, N)
+        x = self.embed(x)
+        x = (self.mix(x) + x) / math.sqrt(2)
+        return self.logit(x).squeeze(1)  # (B, N)
+
+
+class Discriminator(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] to logits (B, 5 N), N the ViT's patches (784): high for real, low for generated.
+
+    The first head reads the last block's output, the others the outputs of the blocks in `hooks` (counted from 0).
+    Only `heads` trains. The ViT is frozen and stays in eval mode, but gradients flow through it to the images.
+    weights, num_heads: see load_dino. Raises ValueError where the ViT does not load or is too shallow for `hooks`.
+    """
+
+    def __init__(self, weights=None, num_heads=None, hooks=(2, 5, 8, 11)):
+        super().__init__()
+        self.vit = load_dino(weights, num_heads).requires_grad_(False).eval()
+        depth = len(self.vit.blocks)
+        if max(hooks) >= depth:
+            raise ValueError(f"--dino-weights {weights}: {depth} blocks, the discriminator needs {max(hooks) + 1}")
+        self.blocks = [depth - 1, *hooks]  # one per head; the last block serves two
+        self.heads = nn.ModuleList(DiscriminatorHead(self.vit.embed_dim) for _ in self.blocks)
+        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    def forward(self, images):  # (B, 3, H, W)
+        x = F.interpolate(images, self.vit.patch_embed.img_size, mode="bilinear", align_corners=False)
+        x = ((x + 1) / 2 - self.mean) / self.std  # (B, 3, 224, 224)
+        read = sorted(set(self.blocks))
+        features = self.vit.forward_intermediates(x, read, output_fmt="NLC", intermediates_only=True)  # (B, N, D) each
+        features = {i: feature.transpose(1, 2) for i, feature in zip(read, features, strict=True)}  # (B, D, N) each
+        return torch.cat([head(features[i]) for head, i in zip(self.heads, self.blocks, strict=True)], 1)  # (B, 5 N)
+
+
+def diffaug(images, draws):
+    """Differentiable augmentation (arXiv 2006.10738) of images (B, 3, H, W) in [-1, 1], without clamping.
+
+    draws: (B, 5) float32, uniform in [0, 1), made by the caller, who can so tie them to the image rather than to its
+    place in a batch. Each column drives one transform; they apply in this order:
+      0, 1  translation right and down by whole pixels, uniform within an eighth of the side either way, zeros move in
+      2     brightness: + U(-0.5, 0.5)
+      3     saturation: * U(0, 2) about each pixel's mean over the channels
+      4     contrast:   * U(0.5, 1.5) about the image's mean
+    Nothing is read back to the host.
+    """
+    B, C, H, W = images.shape
+    right, down, brightness, saturation, contrast = draws.unbind(1)  # (B,) each
+
+    def source(u, side):  # (B, side): where each column (or row) comes from; outside of [0, side) it is empty
+        reach = int(side / 8 + 0.5)
+        offset = (u * (2 * reach + 1)).long() - reach
+        return torch.arange(side, device=u.device) - offset[:, None]
+
+    x, y = source(right, W)[:, None, :], source(down, H)[:, :, None]  # (B, 1, W), (B, H, 1)
+    inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)  # (B, H, W)
+    index = y.clamp(0, H - 1) * W + x.clamp(0, W - 1)
+    images = images.flatten(2).gather(2, index.view(B, 1, H * W).expand(-1, C, -1)).view(B, C, H, W)
+    images = images * inside[:, None]
+
+    brightness, saturation, contrast = (u.view(B, 1, 1, 1) for u in (brightness, saturation, contrast))
+    images = images + (brightness - 0.5)
+    grey = images.mean(1, keepdim=True)
+    images = grey + (images - grey) * (2 * saturation)
+    level = images.mean((1, 2, 3), keepdim=True)
+    return level + (images - level) * (contrast + 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and schedule
+
+
+def hinge_loss(real_logits, fake_logits):
+    """The discriminator's loss. The generator's is -mean(D(fake)), without a hinge."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+
+
+def adaptive_weight(g_rec, g_gan):
+    """Weight w of the GAN term (VQGAN, arXiv 2012.09841, equation 7), a scalar tensor in [0, 1e4] without gradient.
+
+    w = ||g_rec|| / (||g_gan|| + 1e-6), the norms of the gradients of the reconstruction loss (L1 + LPIPS) and of the
+    generator loss with respect to the reconstructed pixels, (B, 3, H, W) each. Under torch.distributed these are the
+    gradients of the mean over all ranks' losses, so that w is the same on every rank and for any number of ranks.
+    """
+    squares = torch.stack([g_rec.float().square().sum(), g_gan.float().square().sum()]).detach()
+    world_size = 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(squares)
+        world_size = dist.get_world_size()
+    rec, gan = squares.sqrt() / world_size  # the mean over ranks scales each rank's gradients by 1 / world_size
+    return (rec / (gan + 1e-6)).clamp(0, 1e4)
+
+
+def quantize(images):
+    """Images in [-1, 1], clamped and rounded to the 256 levels of 8 bits, as real images are. No gradient."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def lr_at(step, lr, lr_end, warmup, total):
+    """Learning rate of a model's update `step` (from 0): linear from 0 to `lr` over `warmup` steps, then a cosine that
+    reaches `lr_end` at step `total` and stays there. The discriminator counts from its own first update.
+    """
+    if step < warmup:
+        return lr * step / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return lr_end + (lr - lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments, checkpoints, the log
+
+
+def parse_args(argv):
+    pre = argparse.ArgumentParser(add_help=False)
+    pre.add_argument("--preset", default="imagenet256")
+    defaults = PRESETS.get(pre.parse_known_args(argv)[0].preset, {})
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="imagenet256", help="the set of defaults")
+    add("--data", required="data" not in defaults, help="folder of images; or `shapes`, drawn on the fly")
+    add("--out", help="folder for everything written (default runs/<preset>/decoder)")
+    add("--encoder", help=f"{', '.join(encoders.ENCODERS)}, or a timm ViT by its name")
+    add("--encoder-weights", metavar="PATH", help="local file instead of timm's download")
+    add("--encoder-size", type=int, metavar="PX",
+        help="image size that the encoder is built for (default --size); 256 with --size 512 is the paper's decoder "
+        "upsampling")  # fmt: skip
+    add("--size", type=int, help="image size in pixels, as decoded")
+    add("--resize", type=int, help="shorter side in pixels before the random crop to --size; the paper: 1.5 times it")
+    add("--model", choices=decoders.SIZES, help="size of the decoder")
+    add("--tau", type=float, help="noise on the latents: sigma = tau |n|, n ~ N(0, 1) for each image; 0: none")
+    add("--lpips", type=float, help="weight of the perceptual loss; 0: off")
+    add("--gan", type=float, help="weight of the adversarial loss, times the adaptive weight; 0: off")
+    add("--disc-start", type=float, help="epoch where the discriminator begins to train")
+    add("--gan-start", type=float, help="epoch where the decoder begins to see its loss")
+    add("--lpips-weights", metavar="PATH", help="LPIPS heads, instead of the download")
+    add("--vgg-weights", metavar="PATH", help="VGG16 for LPIPS, instead of timm's download")
+    add("--dino-weights", metavar="PATH", help="DINO ViT-S/8 for the discriminator, instead of timm's download")
+    add("--epochs", type=float, help="length of training and of the cosine schedules")
+    add("--batch", type=int, help="images in a step, over all processes")
+    add("--micro-batch", type=int, help="at most this many images in a forward of one process")
+    add("--lr", type=float, help="learning rate of AdamW (no weight decay), for decoder and discriminator")
+    add("--lr-end", type=float, help="learning rate at the end of the cosine")
+    add("--beta1", type=float, help="AdamW; the paper: 0.5, the released code: 0.9")
+    add("--beta2", type=float, help="AdamW; the paper: 0.9, the released code: 0.95")
+    add("--warmup", type=float, help="epochs of linear warm-up from zero, of either model")
+    add("--ema", type=float, help="decay of the weights' moving average in each step")
+    add("--precision", choices=["float32", "tf32", "bf16"], help="of encoder and decoder; tf32 is float32 on a CPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
+    add("--preview-every", type=float, metavar="EPOCHS", help="interval of preview pictures; 0: none")
+    add("--save-every", type=float, metavar="EPOCHS", help="interval of decoder.pt and last.pt")
+    add("--log-every", type=int, metavar="STEPS", help="interval of the log")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, help="loader processes for each GPU (default: by cores, at most 12; 0 for `shapes`)")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    args.out = Path(args.out or f"runs/{args.preset}/decoder")
+    args.encoder_size = args.encoder_size or args.size
+    for name in ("epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "size", "encoder_size"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number above 0")
+    for name in ("warmup", "lr_end", "tau", "lpips", "gan", "disc_start", "gan_start", "preview_every", "seed"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number of at least 0")
+    for name in ("ema", "beta1", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 0 and below 1")
+    if args.resize < args.size:
+        parser.error(f"--resize {args.resize}: must not be below --size {args.size}")
+    if args.gan_start < args.disc_start:
+        parser.error(f"--gan-start {args.gan_start:g}: must not come before --disc-start {args.disc_start:g}")
+    return parser, args
+
+
+def save(content, path):
+    """Write a checkpoint beside its place, then move it there: what is at `path` is always whole."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        Path(temporary).unlink(missing_ok=True)
+        sys.exit(f"cannot write {path} ({error}); what was there before is untouched: make room, run again to resume")
+
+
+def read_last(folder, recorded):
+    """last.pt of a run to resume, or None. Refuses a folder that holds another run, naming what differs."""
+    path = folder / "last.pt"
+    if not path.exists():
+        if (folder / "decoder.pt").exists():
+            raise ValueError(f"{folder} holds a decoder.pt but no last.pt to resume from: choose another --out")
+        return None
+    try:
+        last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        theirs = last["args"]
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of this script ({type(error).__name__}): move it away") from None
+    differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
+              if theirs.get(key) != recorded.get(key)]  # fmt: skip
+    if differ:
+        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differ)}): choose another --out")
+    return last
+
+
+class Log:
+    """Averages since the last row over steps and ranks: one line on the terminal and one row in log.csv."""
+
+    terms = ["l1", "lpips", "gan", "gan_weight", "disc", "real", "fake"]  # losses, w, and mean logits
+
+    def __init__(self, path, start, device, main_rank):
+        self.device, self.main_rank = device, main_rank
+        if main_rank:
+            rows = list(csv.DictReader(open(path))) if start and path.exists() else []
+            rows = [row for row in rows if int(row["step"]) <= start]  # steps after the checkpoint are done again
+            fields = ["step", "epoch", *self.terms, "lr", "lr_disc", "grad_norm", "images_per_s", "memory_gb",
+                      "skipped", "replaced"]  # fmt: skip
+            self.file = open(path, "w", newline="")
+            self.csv = csv.DictWriter(self.file, fields)
+            self.csv.writeheader()
+            self.csv.writerows(rows)
+            self.file.flush()
+        self.reset(start)
+
+    def reset(self, step):
+        self.sums = torch.zeros(2, len(self.terms), device=self.device)  # of values, and how many
+        self.step, self.time = step, time.perf_counter()
+
+    def add(self, **values):
+        for name, value in values.items():
+            column = self.sums[:, self.terms.index(name)]
+            column[0] += value.detach()
+            column[1] += 1
+
+    def write(self, bar, total, step, epoch, batch, replaced, **numbers):
+        replaced = torch.tensor(float(replaced), device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+            dist.all_reduce(replaced)
+        sums, counts = self.sums.tolist()
+        seconds = (time.perf_counter() - self.time) / (step - self.step)
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if self.main_rank:
+            terms = {name: f"{a / b:.5f}" for name, a, b in zip(self.terms, sums, counts, strict=True) if b}
+            numbers = {key: f"{value:.4g}" for key, value in numbers.items()}
+            numbers |= dict(images_per_s=f"{batch / seconds:.1f}", memory_gb=f"{memory:.2f}", replaced=int(replaced))
+            self.csv.writerow(dict(step=step, epoch=f"{epoch:.4f}") | terms | numbers)
+            self.file.flush()
+            words = " ".join(f"{key} {value}" for key, value in (terms | numbers).items())
+            left = datetime.timedelta(seconds=int((total - step) * seconds))
+            bar.write(f"step {step}/{total} epoch {epoch:.2f} {words} left {left}")
+        self.reset(step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def draw(keys, shape, tau, generator):
+    """Everything random of a training step, each image's from its own key.
+
+    Returns noise (B, C, H, W), sigma n of section 3's noise-augmented decoding, with sigma = tau |n'|, n' ~ N(0, 1) for
+    each image; uniforms (3, B, 5) for DiffAug: of the decoder's fakes, the discriminator's fakes, its reals.
+    """
+    noise = torch.empty(len(keys), *shape, device=generator.device)
+    sigma = torch.empty(len(keys), 1, 1, 1, device=generator.device)
+    uniforms = torch.empty(len(keys), 3, 5, device=generator.device)
+    for i, key in enumerate(keys.tolist()):
+        generator.manual_seed(key)
+        noise[i].normal_(generator=generator)
+        sigma[i].normal_(generator=generator)
+        uniforms[i].uniform_(generator=generator)
+    return tau * sigma.abs() * noise, uniforms.transpose(0, 1)
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    recorded = {key: value for key, value in vars(args).items() if key not in FREE}
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = init_distributed_device(args)
+    main_rank = args.rank == 0
+    say = print if main_rank else (lambda _: None)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = args.precision != "float32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    # What the run is made of. Bad input ends here, in one line, before any long work.
+    try:
+        local_batch, rest = divmod(args.batch, args.world_size)
+        if rest:
+            raise ValueError(f"--batch {args.batch} does not divide over {args.world_size} processes")
+        micro_batch = max(size for size in range(1, args.micro_batch + 1) if local_batch % size == 0)
+        source = encoders.image_source(args.data, args.size)
+        recorded |= dict(images=len(source))
+        last = read_last(args.out, recorded)
+        encoder = encoders.Encoder(args.encoder, args.encoder_size, args.encoder_weights).to(device)
+        patch, rest = divmod(args.size, encoder.grid)
+        if rest:
+            raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {encoder.grid}")
+        shape = (encoder.latent_dim, encoder.grid, encoder.grid)
+        torch.manual_seed(args.seed)
+        model = decoders.Decoder(encoder.latent_dim, encoder.grid, patch, **decoders.SIZES[args.model],
+                                 mean=encoder.record["mean"], std=encoder.record["std"]).to(device)  # fmt: skip
+        lpips = fid.LPIPS(args.vgg_weights, args.lpips_weights).to(device) if args.lpips else None
+        discriminator = Discriminator(args.dino_weights).to(device) if args.gan else None
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    steps_per_epoch = len(source) / args.batch
+    total = max(1, round(args.epochs * steps_per_epoch))
+    start = last["step"] if last else 0
+    if start >= total:
+        say(f"finished: {args.out}/decoder.pt has its {start / steps_per_epoch:g} epochs; --epochs goes on")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    workers = args.workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = 0 if args.data == "shapes" else max(1, min(12, cores - 1))
+    images = encoders.Images(source, lambda image, rng: encoders.random_crop(image, args.resize, args.size, rng))
+    batches = encoders.training_batches(
+        len(source), args.batch, micro_batch, range(start, total), args.seed, args.rank, args.world_size
+    )
+    loader = iter(encoders.make_loader(images, batches, workers, device))
+
+    # Models, moving average, optimisers.
+    model.train().checkpointing = args.checkpointing
+    ema = ModelEmaV3(model, decay=args.ema, exclude_buffers=True).requires_grad_(False)
+    adamw = dict(lr=args.lr, betas=(args.beta1, args.beta2), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    if discriminator:
+        disc_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw)
+    skipped = replaced = 0
+    if last:
+        model.load_state_dict(last["model"])
+        ema.module.load_state_dict(last["ema"])
+        optimizer.load_state_dict(last["optimizer"])
+        if discriminator:
+            discriminator.heads.load_state_dict(last["discriminator"])
+            disc_optimizer.load_state_dict(last["disc_optimizer"])
+        skipped, replaced = last["skipped"], last["replaced"]
+        del last
+    if args.compile or args.compile is None and device.type == "cuda":
+        for block in [*encoder.vit.blocks, *model.blocks, *(discriminator.vit.blocks if discriminator else [])]:
+            block.compile()  # block by block: quick to compile, and gradients leave for the other ranks early
+    wrapped, wrapped_disc = model, discriminator
+    if args.distributed:
+        ddp = dict(device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+                   gradient_as_bucket_view=True)  # fmt: skip
+        wrapped = DistributedDataParallel(model, **ddp)
+        wrapped_disc = DistributedDataParallel(discriminator, **ddp) if discriminator else None
+    accumulate = local_batch // micro_batch
+
+    def sync(module, micro):
+        """The ranks' gradients meet at the last micro-batch of a step."""
+        return module.no_sync() if args.distributed and micro < accumulate - 1 else contextlib.nullcontext()
+
+    say(
+        f"{args.model}, patch {patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"{len(source)} images; batch {args.batch} = {args.world_size} processes x {accumulate} x {micro_batch}; "
+        f"steps {start} to {total}"
+    )
+
+    def every(epochs):
+        return max(1, round(epochs * steps_per_epoch)) if epochs else 0
+
+    save_every, preview_every = every(args.save_every), every(args.preview_every)
+    warmup = args.warmup * steps_per_epoch
+    disc_start, gan_start = round(args.disc_start * steps_per_epoch), round(args.gan_start * steps_per_epoch)
+    if preview_every and main_rank:
+        shown = np.random.default_rng(args.seed).permutation(len(source))[:8]
+        shown = [encoders.center_crop(source.open(i)[0], args.size) for i in shown]
+        shown = torch.from_numpy(np.stack([np.asarray(image) for image in shown]))  # (8, S, S, 3) uint8
+    stopping = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopping.append(number))
+    generator = torch.Generator(device)
+    log = Log(args.out / "log.csv", start, device, main_rank)
+    bar = tqdm(total=total, initial=start, unit="step", disable=not main_rank, dynamic_ncols=True)
+    bad_in_a_row = 0
+    for step in range(start, total):
+        lr = lr_at(step, args.lr, args.lr_end, warmup, total)
+        lr_disc = lr_at(step - disc_start, args.lr, args.lr_end, warmup, total) if step >= disc_start else 0.0
+        train_disc = discriminator is not None and step >= disc_start
+        use_gan = discriminator is not None and step >= gan_start
+        kept = []  # what the discriminator's step needs of each micro-batch, so that nothing is encoded twice
+
+        # The decoder: both losses' gradients at the pixels, then one backward.
+        optimizer.param_groups[0]["lr"] = lr
+        for micro in range(accumulate):
+            pixels, _, keys, broken = next(loader)  # (B, 3, S, S) uint8, ..., (B,), (B,)
+            replaced += int(broken.sum())
+            real = pixels.to(device, non_blocking=True).float() / 255  # (B, 3, S, S) in [0, 1]
+            noise, uniforms = draw(keys, shape, args.tau, generator)
+            with sync(wrapped, micro):
+                with autocast:
+                    z = encoder(real)  # (B, C, H, W)
+                    fake = wrapped(z + noise)  # (B, 3, S, S)
+                at = fake.detach().requires_grad_()
+                l1 = (at - real).abs().mean()
+                perceptual = lpips(2 * at - 1, 2 * real - 1).mean() if lpips else torch.zeros_like(l1)
+                (gradient,) = torch.autograd.grad(l1 + args.lpips * perceptual, at)
+                if use_gan:
+                    gan = -discriminator.eval()(diffaug(2 * at - 1, uniforms[0])).mean()
+                    (gan_gradient,) = torch.autograd.grad(gan, at)
+                    weight = adaptive_weight(gradient, gan_gradient)
+                    gradient = gradient + args.gan * weight * gan_gradient
+                    log.add(gan=gan, gan_weight=weight)
+                fake.backward(gradient / accumulate)
+            log.add(l1=l1, **({"lpips": perceptual} if lpips else {}))
+            if train_disc:
+                kept.append((real, z, uniforms))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+
+        # One wait for the GPU: is the gradient finite, and has any rank been told to stop?
+        status = torch.stack([norm, torch.tensor(float(bool(stopping)), device=device)])
+        if args.distributed:
+            dist.all_reduce(status, dist.ReduceOp.MAX)
+        norm, stop = status.tolist()
+        bad = not math.isfinite(norm)
+        if not bad:
+            optimizer.step()
+            ema.update(model)
+        optimizer.zero_grad(set_to_none=True)
+
+        # The discriminator: fresh reconstructions of the updated decoder, without noise, in 8 bits as the real images.
+        if train_disc:
+            disc_optimizer.param_groups[0]["lr"] = lr_disc
+            discriminator.train()
+            for micro, (real, z, uniforms) in enumerate(kept):
+                with torch.no_grad(), autocast:
+                    fake = quantize(2 * model(z) - 1)
+                both = torch.cat([diffaug(2 * real - 1, uniforms[2]), diffaug(fake, uniforms[1])])
+                with sync(wrapped_disc, micro):
+                    real_logits, fake_logits = wrapped_disc(both).chunk(2)
+                    disc = hinge_loss(real_logits, fake_logits)
+                    (disc / accumulate).backward()
+                log.add(disc=disc, real=real_logits.mean(), fake=fake_logits.mean())
+            disc_norm = nn.utils.clip_grad_norm_(discriminator.heads.parameters(), math.inf)
+            if math.isfinite(disc_norm.item()):
+                disc_optimizer.step()
+            else:
+                bad = True
+            disc_optimizer.zero_grad(set_to_none=True)
+        bad_in_a_row = bad_in_a_row + 1 if bad else 0
+        skipped += bad  # a step whose gradient is not finite never reaches the weights
+
+        done = step + 1
+        epoch = done / steps_per_epoch
+        bar.update()
+        if done % args.log_every == 0 or done == total:
+            log.write(bar, total, done, epoch, args.batch, replaced, lr=lr, lr_disc=lr_disc, grad_norm=norm,
+                      skipped=skipped)  # fmt: skip
+        if preview_every and main_rank and (done % preview_every == 0 or done == total):
+            with torch.no_grad(), autocast:
+                decoded = ema.module(encoder(shown.permute(0, 3, 1, 2).to(device).float() / 255))
+            picture = decoders.image_grid(torch.cat([shown, decoders.to_uint8(decoded).cpu()]), len(shown))
+            picture.save(args.out / f"preview-{epoch:.2f}.png")
+        if main_rank and (done % save_every == 0 or done == total or stop):
+            save(dict(kind="decoder", config=model.config, model=ema.module.state_dict(), encoder=encoder.record,
+                      tau=args.tau, epoch=epoch), args.out / "decoder.pt")  # fmt: skip
+            last = dict(kind="train_decoder", args=recorded, step=done, model=model.state_dict(),
+                        ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
+                        replaced=replaced)  # fmt: skip
+            if discriminator:
+                last |= dict(discriminator=discriminator.heads.state_dict(), disc_optimizer=disc_optimizer.state_dict())
+            save(last, args.out / "last.pt")
+        if bad_in_a_row == 20:
+            sys.exit(
+                f"stopped at step {done}: the gradient was not finite 20 times in a row; {args.out}/last.pt is intact. "
+                "Try --precision tf32 or a smaller --lr"
+            )
+        if stop:
+            say(f"stopped and saved at step {done}; the same command resumes")
+            break
+    bar.close()
+    if args.distributed:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

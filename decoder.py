@@ -101,20 +101,15 @@ class Decoder(nn.Module):
 
 def from_published(state):
     """A published state dict (Hugging Face's ViT key names) -> (arguments of `Decoder` but mean and std, our state)."""
-    heads = {size["width"]: size["heads"] for size in SIZES.values()}
+    heads = {size["width"]: size["heads"] for size in SIZES.values()}  # no tensor tells their number
     width, latent_dim = state["decoder_embed.weight"].shape
     layers = {int(match[1]) for key in state if (match := re.match(r"decoder_layers\.(\d+)\.", key))}
     config = dict(latent_dim=latent_dim, width=width, depth=len(layers), heads=heads.get(width),
                   grid=round((state["decoder_pos_embed"].shape[1] - 1) ** 0.5),
                   patch=round((len(state["decoder_pred.bias"]) / 3) ** 0.5),
                   mlp=len(state["decoder_layers.0.intermediate.dense.bias"]))  # fmt: skip
-    names = {
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
-        "attention.output.dense": "proj",
-        "intermediate.dense": "fc1",
-        "output.dense": "fc2",
-    }
+    names = {"layernorm_before": "norm1", "layernorm_after": "norm2", "attention.output.dense": "proj",
+             "intermediate.dense": "fc1", "output.dense": "fc2"}  # fmt: skip
     ours = {"cls": state["trainable_cls_token"]}
     for kind in ("weight", "bias"):
         for theirs, name in {"embed": "embed", "norm": "norm", "pred": "to_pixels"}.items():
@@ -133,30 +128,32 @@ def load_decoder(path, pixels=None):
 
     Returns (decoder on the CPU, in eval mode, without gradients; info). info has "encoder" (its name, image size, pixel
     mean and std) for our files, and is empty for published ones.
-    Raises ValueError, in one line, for a file that is neither, and OSError for one that cannot be read.
+    Raises FileNotFoundError, and ValueError for a file that is neither or is damaged; in one line.
     """
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no decoder at {path}: give --decoder a decoder.pt of train_decoder.py or a published model.pt"
+        ) from None
     except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
         raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({type(error).__name__})") from None
-    kind = file.get("kind", "published") if isinstance(file, dict) else type(file).__name__
-    if kind == "decoder":
-        config, state, info = file["config"], file["model"], {"encoder": file["encoder"]}
-    elif kind == "published" and {"decoder_embed.weight", "decoder_pos_embed"} <= file.keys():
-        config, state = from_published(file)
-        config, info = config | dict(pixels or {}), {}
-        if config["heads"] is None:
-            raise ValueError(f"{path} is {config['width']} wide, which is none of the sizes {', '.join(SIZES)}")
-    else:
-        found = kind if kind != "published" else "the keys " + ", ".join(map(str, list(file)[:3]))
-        raise ValueError(f"{path} is not a decoder, ours or published; found: {found}")
-    model = Decoder(**config)
+    file = file if isinstance(file, dict) else {"kind": type(file).__name__}
+    state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
+    published = "kind" not in file and "decoder_embed.weight" in state
+    if not published and file.get("kind") != "decoder":
+        found = file.get("kind", f"the keys {list(state)[:3]}")
+        raise ValueError(f"{path} is not a decoder, ours or published; found in it: {found}")
     try:
+        config, state = from_published(state) if published else (file["config"], state)
+        if published and config["heads"] is None:
+            raise ValueError(f"width {config['width']} is that of none of the sizes {', '.join(SIZES)}")
+        model = Decoder(**config, **(pixels or {} if published else {}))
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its model: {' '.join(str(error).split())[:300]}") from None
+        info = {} if published else {"encoder": file["encoder"]}
+    except Exception as error:  # a key is missing, or a size is not as it should be
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"{path} is damaged or of another version ({reason})") from None
     return model.eval().requires_grad_(False), info
 
 
@@ -173,6 +170,7 @@ def image_grid(images, columns, gap=2):
     """uint8 images (n, H, W, 3), row by row -> one PIL image with `columns` columns and white gaps."""
     images = np.asarray(images)
     n, height, width, _ = images.shape
+    columns = min(columns, n)
     rows = -(-n // columns)
     canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for i, image in enumerate(images):

@@ -30,7 +30,7 @@ SIZES |= {
     name.replace("DiT", "DiT-DH"): size | dict(head_width=2048, head_depth=2, head_heads=16)
     for name, size in SIZES.items()
 }
-SIZES["DiT-DH-tiny"] = dict(width=128, depth=4, heads=4, head_width=192, head_depth=2, head_heads=4)  # the demo's
+SIZES["DiT-DH-tiny"] = dict(width=96, depth=3, heads=4, head_width=160, head_depth=1, head_heads=4)  # the demo's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,28 +391,28 @@ def load_dit(path):
     Returns (model on the CPU, in eval mode, without gradients; info). For our files info has "stats" {"mean", "var"},
     each (C, H, W), "encoder" (its name, image size, pixel mean and std), "shift", "label_dropout" and "epoch"; for
     published ones it is empty.
-    Raises ValueError, in one line, for a file that is neither, and OSError for one that cannot be read.
+    Raises FileNotFoundError, and ValueError for a file that is neither or is damaged; in one line.
     """
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no diffusion model at {path}: give the path of a dit.pt of train_dit.py or a published stage2_model.pt"
+        ) from None
     except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
         raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({type(error).__name__})") from None
-    kind = file.get("kind", "published") if isinstance(file, dict) else type(file).__name__
-    if kind == "dit":
-        config, state = file["config"], file["model"]
-        info = {key: value for key, value in file.items() if key not in ("kind", "config", "model")}
-    else:
-        state, info = file.get("ema", file) if isinstance(file, dict) else {}, {}
-        if kind != "published" or not {"x_embedder.proj.weight", "pos_embed"} <= state.keys():
-            found = kind if kind != "published" else "the keys " + ", ".join(map(str, list(file)[:3]))
-            raise ValueError(f"{path} is not a diffusion model, ours or published; found: {found}")
-        config = config_from_state(state)
-        state = {key: value for key, value in state.items() if key != "pos_embed" and "feat_rope" not in key}
-    model = DiT(**config, allow_narrow=True)
+    file = file if isinstance(file, dict) else {"kind": type(file).__name__}
+    state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
+    published = "kind" not in file and "x_embedder.proj.weight" in state
+    if not published and file.get("kind") != "dit":
+        found = file.get("kind", f"the keys {list(state)[:3]}")
+        raise ValueError(f"{path} is not a diffusion model, ours or published; found in it: {found}")
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its model: {' '.join(str(error).split())[:300]}") from None
+        config = config_from_state(state) if published else file["config"]
+        model = DiT(**config, allow_narrow=True)
+        model.load_state_dict({k: v for k, v in state.items() if k != "pos_embed" and "feat_rope" not in k})
+    except Exception as error:  # a key is missing, or a size is not as it should be
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"{path} is damaged or of another version ({reason})") from None
+    info = {} if published else {key: file[key] for key in file.keys() - {"kind", "config", "model"}}
     return model.eval().requires_grad_(False), info

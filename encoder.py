@@ -28,7 +28,7 @@ def find_images(root):
     """All images below a folder -> (paths sorted within classes, labels, class names).
 
     Labels follow the first-level folders in sorted order, whatever lies deeper; a folder without class folders is one
-    class. A folder with train/ and val/ inside means its train/. Files are what Pillow can read, hidden ones left out.
+    class. A folder with train/ and val/ inside means its train/. Files are what Pillow reads, hidden ones left out.
     Raises ValueError for a folder that is missing, without images, or with an empty class.
     """
     root = Path(root)
@@ -36,34 +36,31 @@ def find_images(root):
         raise ValueError(f"no folder {root}: give a folder of images")
     if (root / "train").is_dir() and (root / "val").is_dir():
         root = root / "train"
-    suffixes = tuple(Image.registered_extensions())
+    suffixes = tuple(Image.registered_extensions().keys() - {".pdf"})  # which Pillow only writes
 
-    def images_below(folder):
-        for parent, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                if name.lower().endswith(suffixes) and not name.startswith("."):
-                    yield os.path.join(parent, name)
+    def is_image(name):
+        return name.lower().endswith(suffixes) and not name.startswith(".")
 
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    loose = [str(path) for path in sorted(root.iterdir()) if path.is_file() and path.name.lower().endswith(suffixes)]
-    if classes and loose:
-        raise ValueError(f"{root} holds both class folders and images ({Path(loose[0]).name}): move the images away")
-    paths, labels = loose, [0] * len(loose)
-    for label, name in enumerate(classes):
-        found = list(images_below(root / name))
-        if not found:
-            raise ValueError(f"class folder {root / name} holds no image: fill it or remove it")
-        paths += found
-        labels += [label] * len(found)
-    if not paths:
-        raise ValueError(f"{root} holds no images that Pillow can read")
-    return paths, labels, classes or [root.name]
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    loose = sorted(path.name for path in root.iterdir() if path.is_file() and is_image(path.name))
+    if folders and loose:
+        raise ValueError(f"{root} holds both class folders and images ({loose[0]}): move the images away")
+    paths, labels = [], []
+    for label, folder in enumerate(folders or [root]):
+        before = len(paths)
+        for parent, inside, files in os.walk(folder, followlinks=True):
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            paths += [os.path.join(parent, name) for name in sorted(files) if is_image(name)]
+        if len(paths) == before:
+            raise ValueError(f"{folder} holds no images that Pillow reads" + (": fill or remove it" if folders else ""))
+        labels += [label] * (len(paths) - before)
+    return paths, labels, [folder.name for folder in folders] or [root.resolve().name]
 
 
 def open_image(path):
     """Any image file -> upright 8-bit RGB: EXIF rotation applied, 16 bits scaled, transparency laid on white."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would clip instead of scale
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -133,7 +130,7 @@ DISC = polygon(64)
 SHAPES = {  # name -> (outline, hole or None), in units of the radius, y downwards
     "circle": (DISC, None),
     "ring": (DISC, 0.55 * DISC),
-    "crescent": (DISC, 0.85 * DISC + [0.5, -0.2]),
+    "crescent": (DISC, 0.85 * DISC + [0, -0.5]),
     "square": (polygon(4, 1 / 8), None),
     "triangle": (polygon(3), None),
     "star": (polygon(10, inner=0.42), None),
@@ -154,18 +151,22 @@ class Shapes:
     classes = list(SHAPES)
 
     def __init__(self, count, size, seed=0):
-        self.count, self.size, self.seed = count, size, seed
-        self.open = functools.lru_cache(maxsize=count)(self.draw)  # each is drawn once: it takes longer than a crop
+        self.count, self.size, self.seed, self.drawn = count, size, seed, {}
 
     def __len__(self):
         return self.count
+
+    def open(self, index):
+        if index not in self.drawn:  # once: drawing takes longer than all that follows
+            self.drawn[index] = self.draw(index)
+        return self.drawn[index]
 
     def draw(self, index):
         rng = np.random.default_rng((self.seed, index))
         label = index % len(self.classes)
         size, fine = self.size, 4 * self.size  # drawn four times as fine, then averaged
-        radius, turn = rng.uniform(0.3, 0.4), rng.uniform(-0.2, 0.2)
-        center = 0.5 + rng.uniform(-0.06, 0.06, 2)
+        radius, turn = rng.uniform(0.32, 0.42), rng.uniform(-0.2, 0.2)
+        center = 0.5 + rng.uniform(-0.05, 0.05, 2)
         rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
         mask = Image.new("L", (fine, fine))
         for outline, value in zip(SHAPES[self.classes[label]], (255, 0), strict=True):
@@ -219,7 +220,9 @@ class Images(torch.utils.data.Dataset):
                 image, label = self.source.open(index)
                 image = np.asarray(self.transform(image, rng))
                 return torch.from_numpy(image.transpose(2, 0, 1).copy()), label, key, replaced
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except Exception as error:  # Pillow raises nearly any kind for a damaged file
+                if not hasattr(self.source, "paths"):
+                    raise
                 path = os.fsdecode(self.source.paths[index])
                 if self.strict:
                     raise ValueError(f"cannot read {path} ({error}): repair or remove it") from None
@@ -245,7 +248,7 @@ def training_batches(count, batch, micro_batch, steps, seed, rank=0, world_size=
         first = step * batch + rank * local
         for start in range(first, first + local, micro_batch):
             items = []
-            for position in range(start, start + micro_batch):
+            for position in range(start, min(start + micro_batch, first + local)):
                 epoch, place = divmod(position, count)
                 items.append((int(epoch_order(count, seed, epoch)[place]), random_key(seed, epoch, place)))
             yield items
@@ -259,13 +262,10 @@ def ignore_signals(_):
 
 def make_loader(dataset, batches, workers, device):
     return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=torch.device(device).type == "cuda",
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_signals,
-    )
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
+        prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if workers else None,  # the workers share the list of files, and get lambdas
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,19 +282,14 @@ ENCODERS = {
     "dinov2-b": dict(model="vit_base_patch14_reg4_dinov2.lvd142m", pixels=IMAGENET),
     "dinov2-l": dict(model="vit_large_patch14_reg4_dinov2.lvd142m", pixels=IMAGENET),
     "siglip2-b": dict(model="vit_base_patch16_siglip_256.v2_webli", pixels=HALF, vit=dict(act_layer="gelu_tanh")),
-    "mae-b": dict(
-        model="vit_base_patch16_224.mae",
-        pixels=IMAGENET,
-        antialias=False,
-        vit=dict(norm_layer=functools.partial(nn.LayerNorm, eps=1e-12)),
-    ),
+    "mae-b": dict(model="vit_base_patch16_224.mae", pixels=IMAGENET, antialias=False,
+                  vit=dict(norm_layer=functools.partial(nn.LayerNorm, eps=1e-12))),
     # The demo's encoder: a small ViT whose weights are random, from a fixed seed. It has learned nothing.
     "random-tiny": dict(
-        model="vit_tiny_patch16_224",
-        pixels=HALF,
+        model="vit_tiny_patch16_224", pixels=HALF,
         vit=dict(patch_size=8, embed_dim=128, depth=3, num_heads=4, class_token=False, global_pool=""),
     ),
-}
+}  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -303,57 +298,54 @@ class Encoder(nn.Module):
     name: one of ENCODERS, or any timm vision transformer by its timm name. image_size: the images' side in pixels;
     models with patch 14 see images of 14/16 of it, so that the grid is image_size / 16. weights: a local file in timm's
     key names; without it timm downloads them. vit: further arguments for timm's model.
-    The final LayerNorm has no affine, and prefix tokens (CLS, registers) are dropped (section 3).
+    The final norm has no affine, and prefix tokens (CLS, registers) are dropped (section 3).
     Attributes: latent_dim C, grid H = W, mean and std (1, 3, 1, 1) of its pixels.
     Raises ValueError, in one line, for unknown names, sizes that don't fit and weights that are out of reach.
     """
 
     def __init__(self, name="dinov2-b", image_size=256, weights=None, **vit):
         super().__init__()
-        if name not in ENCODERS and not timm.is_model(name):
+        row = ENCODERS.get(name, dict(model=name))
+        vit = row.get("vit", {}) | vit
+        if not timm.is_model_pretrained(row["model"]) and (weights is None or name not in timm.list_models()):
             near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models("*vit*", pretrained=True)], n=2)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise ValueError(f"unknown encoder {name}: {hint}one of {', '.join(ENCODERS)}, or a timm ViT by its name")
-        row = ENCODERS.get(name, dict(model=name))
-        vit = row.get("vit", {}) | vit
-        self.name, self.image_size = name, image_size
-        if name == "random-tiny":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                self.vit = timm.create_model(row["model"], num_classes=0, **vit)
-        else:
-            self.vit = load_vit(row["model"], weights, vit)
-        if not isinstance(self.vit, timm.models.VisionTransformer):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the weights of random-tiny; the others get theirs once all is known to fit
+            self.vit = timm.create_model(row["model"], num_classes=0, **vit)
+        if not isinstance(self.vit, (timm.models.VisionTransformer, timm.models.Eva)):
             raise ValueError(f"encoder {name} is a {type(self.vit).__name__}, not a vision transformer with tokens")
+        patch = self.vit.patch_embed.feat_ratio()
+        multiple = 16 if patch == 14 else patch
+        if image_size < 1 or image_size % multiple:
+            raise ValueError(f"image size {image_size} does not fit encoder {name}: use a multiple of {multiple}")
+        if name != "random-tiny":
+            self.vit = load_vit(self.vit, row["model"], weights, vit)
 
-        self.latent_dim = self.vit.embed_dim
-        patch = self.vit.patch_embed.patch_size[0]
-        self.input_size = image_size * 14 // 16 if patch == 14 else image_size
-        self.grid = self.input_size // patch
-        if image_size < 1 or self.grid * patch != self.input_size or patch == 14 and image_size % 16:
-            raise ValueError(
-                f"image size {image_size} does not fit encoder {name}: use a multiple of {16 if patch == 14 else patch}"
-            )
+        self.name, self.image_size, self.latent_dim = name, image_size, self.vit.embed_dim
+        self.grid = image_size // multiple
+        self.input_size = self.grid * patch
         self.resize_positions(antialias=row.get("antialias", True))
-        eps = next(m.eps for m in (self.vit.norm, self.vit.fc_norm, self.vit.blocks[-1].norm2) if hasattr(m, "eps"))
-        self.vit.norm = nn.LayerNorm(self.latent_dim, eps=eps, elementwise_affine=False)
-        self.vit.attn_pool, self.vit.fc_norm = None, nn.Identity()  # what comes after the tokens has no use here
+        # The last norm, without affine; timm calls it fc_norm in models that pool their tokens before it.
+        norms = [norm for norm in (self.vit.norm, self.vit.fc_norm) if hasattr(norm, "eps")]
+        norm = norms[0] if norms else nn.LayerNorm(self.latent_dim, eps=1e-6)
+        norm.weight = norm.bias = None
+        self.vit.norm, self.vit.fc_norm, self.vit.attn_pool = norm, nn.Identity(), None  # and nothing after it
         pixels = row.get("pixels") or {key: self.vit.pretrained_cfg[key] for key in ("mean", "std")}
         self.register_buffer("mean", torch.tensor(pixels["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(pixels["std"]).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
     def resize_positions(self, antialias):
-        """Resample the position embedding from the grid of the weights to ours, bicubic."""
-        positions = self.vit.pos_embed
-        native = self.vit.patch_embed.grid_size
-        if native == (self.grid, self.grid):
-            return
-        prefix = positions.shape[1] - native[0] * native[1]  # DINOv2's positions have no rows for the prefix tokens
-        patches = positions[:, prefix:].unflatten(1, native).permute(0, 3, 1, 2)  # (1, C, h, w)
-        patches = F.interpolate(patches, (self.grid, self.grid), mode="bicubic", antialias=antialias)
-        self.vit.set_input_size(self.input_size)
-        self.vit.pos_embed = nn.Parameter(torch.cat([positions[:, :prefix], patches.flatten(2).mT], 1))
+        """Set the input size, and resample the position embedding to our grid, bicubic."""
+        positions, native = self.vit.pos_embed, self.vit.patch_embed.grid_size
+        self.vit.set_input_size(self.input_size)  # timm resamples with antialias
+        if not antialias and native != (self.grid, self.grid):
+            prefix = positions.shape[1] - native[0] * native[1]
+            patches = positions[:, prefix:].unflatten(1, native).permute(0, 3, 1, 2)  # (1, C, h, w)
+            patches = F.interpolate(patches, (self.grid, self.grid), mode="bicubic").flatten(2).mT  # (1, N, C)
+            self.vit.pos_embed = nn.Parameter(torch.cat([positions[:, :prefix], patches], 1))
 
     def train(self, mode=True):
         """Stays in eval mode: it is frozen."""
@@ -367,34 +359,34 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        if images.shape[-1] != self.input_size:
-            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
+        size = (self.input_size, self.input_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", align_corners=False)
         tokens = self.vit.forward_features((images - self.mean) / self.std)  # (B, prefix + N, C)
         tokens = tokens[:, self.vit.num_prefix_tokens :].float()  # (B, N, C)
         return tokens.mT.unflatten(2, (self.grid, self.grid))  # (B, C, H, W)
 
 
-def load_vit(model, weights, vit):
-    """timm's vision transformer with its pretrained weights, from a local file or the hub."""
+def load_vit(network, model, weights, vit):
+    """timm's vision transformer with its pretrained weights: from the hub, or from a local file into `network`."""
+    hub = f"https://huggingface.co/{network.pretrained_cfg.get('hf_hub_id')}"
+    fix = f"fetch model.safetensors of {hub} and pass it with --encoder-weights PATH"
     if weights is None:
         try:
             return timm.create_model(model, pretrained=True, num_classes=0, **vit)
         except Exception as error:  # the hub's client raises many kinds
-            raise ValueError(
-                f"cannot download the weights of {model} ({type(error).__name__}): fetch model.safetensors of "
-                f"https://huggingface.co/timm/{model} on a machine with network and pass it with --encoder-weights"
-            ) from None
-    network = timm.create_model(model, num_classes=0, **vit)
+            raise ValueError(f"cannot download the weights of {model} ({type(error).__name__}): {fix}") from None
+    if not os.path.isfile(weights):
+        raise ValueError(f"no encoder weights at {weights}: {fix}")
     try:
         state = timm.models.load_state_dict(weights, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no encoder weights at {weights}: give the path of a timm state dict") from None
-    except Exception as error:
-        raise ValueError(f"{weights} is not a file of encoder weights ({type(error).__name__})") from None
-    for key, value in network.state_dict().items():
-        unused = key.startswith(("norm.", "fc_norm.", "attn_pool."))
-        if not unused and (key not in state or state[key].shape != value.shape):
-            raise ValueError(f"{weights} does not fit {model}: {key} is missing or has another shape")
+        for key, value in network.state_dict().items():
+            if not key.startswith(("norm.", "fc_norm.", "attn_pool.")) and state[key].shape != value.shape:
+                raise KeyError(key)
+    except KeyError as error:
+        raise ValueError(f"{weights} does not fit {model}, {error} is missing or has another shape: {fix}") from None
+    except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
+        raise ValueError(f"{weights} is not a file of encoder weights ({type(error).__name__}): {fix}") from None
     network.load_state_dict(state, strict=False)  # a head or a pooling layer in the file has no use here
     return network
 
@@ -403,40 +395,39 @@ def load_vit(model, weights, vit):
 # Latent statistics
 
 
-def latent_statistics(encoder, loader, device, distributed=False, autocast=None):
+def latent_statistics(encoder, loader, device, distributed=False):
     """Mean and variance of each latent element over the images of the loaders of all ranks.
 
     Returns {"mean", "var"}, each (C, H, W) float32; accumulated in float64, so that neither the batch size nor the
     number of ranks matters. The diffusion model sees (z - mean) / sqrt(var + 1e-5).
     """
     shape = (encoder.latent_dim, encoder.grid, encoder.grid)
-    total = torch.zeros(2, *shape, dtype=torch.float64, device=device)
-    count = torch.zeros((), dtype=torch.float64, device=device)
+    sums = torch.zeros(3, *shape, dtype=torch.float64, device=device)  # of 1, z and z^2
     for images, *_ in loader:
-        latents = encoder(images.to(device, non_blocking=True).float() / 255).double()
-        total += torch.stack([latents.sum(0), latents.square().sum(0)])
-        count += len(latents)
+        z = encoder(images.to(device, non_blocking=True).float() / 255).double()  # (B, C, H, W)
+        sums += torch.stack([torch.ones_like(z), z, z.square()]).sum(1)
     if distributed:
-        torch.distributed.all_reduce(total)
-        torch.distributed.all_reduce(count)
-    mean, square = total / count
+        torch.distributed.all_reduce(sums)
+    mean, square = sums[1:] / sums[0]
     return {"mean": mean.float(), "var": (square - mean.square()).clamp(min=0).float()}
 
 
 def load_stats(path, shape):
     """Read a stat.pt, ours or published: {"mean": None or (C, H, W), "var": (C, H, W)}; None means 0.
 
-    Raises ValueError for another content or another shape than `shape` (C, H, W).
+    Raises FileNotFoundError, and ValueError for another content or another shape than `shape` (C, H, W).
     """
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
-        mean, var = file["mean"], file["var"]
-        mean = torch.zeros_like(var) if mean is None else mean
-        found = tuple(mean.shape), tuple(var.shape)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} holds no latent statistics, a mean and a var ({type(error).__name__})") from None
-    if found != (tuple(shape), tuple(shape)):
-        raise ValueError(f"{path} has statistics of shapes {found[0]} and {found[1]}, the model needs {tuple(shape)}")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no latent statistics at {path}: give the path of a stat.pt with --stats") from None
+    except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
+        raise ValueError(f"{path} is not a file of tensors ({type(error).__name__}): give a stat.pt") from None
+    if not isinstance(file, dict) or not {"mean", "var"} <= file.keys():
+        found = file.get("kind", list(file)[:3]) if isinstance(file, dict) else type(file).__name__
+        raise ValueError(f"{path} holds no latent statistics, a mean and a var; found in it: {found}")
+    var, mean = file["var"], torch.zeros_like(file["var"]) if file["mean"] is None else file["mean"]
+    for value in (mean, var):
+        if value.shape != tuple(shape):
+            raise ValueError(f"{path} has statistics of shape {tuple(value.shape)}, the model needs {tuple(shape)}")
     return {"mean": mean.float(), "var": var.float()}

@@ -50,9 +50,10 @@ def parse_args(argv):
     add("--stats", metavar="PATH", help="latent statistics of a published diffusion model")
     add("--encoder", default="dinov2-b", help="encoder of published checkpoints; ours know theirs")
     add("--encoder-weights", metavar="PATH", help="local file instead of timm's download, for --reconstruct")
-    add("--classes", type=int, nargs="+", help="class numbers to draw")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--classes", type=int, nargs="+", help="class numbers to draw")
     add("--per-class", type=int, help="images of each class")
-    add("--num", type=int, help="draw this many images instead, all classes in turn")
+    either("--num", type=int, help="draw this many images instead, all classes in turn")
     add("--unconditional", action="store_true", help="draw without a class")
     add("--scale", type=float, help="guidance scale; 1: none; the paper's AutoGuidance: 1.42 at 256 px, 1.5 at 512 px")
     add("--guide", metavar="PATH", help="a weaker diffusion model: AutoGuidance instead of classifier-free guidance")
@@ -60,73 +61,73 @@ def parse_args(argv):
     add("--steps", type=int, help="steps of the sampler")
     add("--heun", action="store_true", help="Heun's method, two model evaluations for each step; default Euler")
     add("--reconstruct", metavar="PATH", help="encode and decode a photo, or a folder of images, instead of sampling")
-    add(
-        "--out", default="samples.png", help=".png: a grid; .npz: uint8 images (n, H, W, 3); else a folder of PNG files"
-    )
+    add("--out", default="samples.png", help=".png: a grid; .npz: uint8 (n, H, W, 3); else a folder of PNG files")
     add("--overwrite", action="store_true", help="replace an npz or a folder that was made with other settings")
     add("--seed", type=int, default=0)
     add("--batch", type=int, help="images at a time in each process")
     add("--precision", choices=["float32", "tf32", "bf16"], default="tf32", help="bf16 is reported to cost FID")
     add("--compile", action="store_true", help="torch.compile: pays for thousands of images on a GPU")
-    add("--workers", type=int, default=4, help="loader processes, for --reconstruct")
+    add("--workers", type=int, default=min(4, os.cpu_count()), help="loader processes, for --reconstruct")
     add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.dit = args.dit or f"runs/{args.preset}/dit/dit.pt"
     args.decoder = args.decoder or f"runs/{args.preset}/decoder/decoder.pt"
-    args.out = Path(args.out)
+    args.out, args.device = Path(args.out), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; give --device cpu")
     for name in ("per_class", "num", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    low, high = args.interval
     if args.seed < 0 or args.workers < 0:
         parser.error(f"--seed {args.seed}, --workers {args.workers}: must not be negative")
-    if not 0 <= args.interval[0] <= args.interval[1] <= 1:
-        parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give 0 <= LOW <= HIGH <= 1")
+    if not 0 <= low <= high <= 1:
+        parser.error(f"--interval {low:g} {high:g}: give 0 <= LOW <= HIGH <= 1")
+    if args.out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".npy", ".pt"):
+        parser.error(f"--out {args.out}: give a .png, an .npz, or a folder for PNG files")
     return parser, args
 
 
-def load_models(args, device):
+def load_models(args):
     """The sampler's two or three models, checked against each other -> (dit, guide or None, stats, shift, decoder)."""
     model, info = dits.load_dit(args.dit)
     shape = (model.config["latent_dim"], model.config["grid"], model.config["grid"])
     if not args.stats and "stats" not in info:
         raise ValueError(f"{args.dit} is a bare diffusion model: give its latent statistics with --stats stat.pt")
     stats = encoders.load_stats(args.stats, shape) if args.stats else info["stats"]
-    shift = info.get("shift", dits.shift_for(shape))
-    decoder, _ = load_decoder(args, info.get("encoder"), shape)
-
+    decoder, record = load_decoder(args, info.get("encoder"))
+    found = (decoder.config["latent_dim"], decoder.config["grid"], decoder.config["grid"])
+    if found != shape:
+        raise ValueError(f"{args.decoder} decodes latents of shape {found}, but {args.dit} draws {shape}")
+    name = info.get("encoder", dict(name=args.encoder))["name"]
+    if record["name"] != name:
+        raise ValueError(f"{args.decoder} belongs to encoder {record['name']}, but {args.dit} to {name}"
+                         + ("" if "encoder" in info else ", as --encoder says"))  # fmt: skip
     guide = None
     if args.guide:
-        guide, _ = dits.load_dit(args.guide)
-        differ = [key for key in ("latent_dim", "grid", "num_classes") if guide.config[key] != model.config[key]]
-        if differ:
-            found = ", ".join(f"{key} {guide.config[key]} instead of {model.config[key]}" for key in differ)
-            raise ValueError(f"--guide {args.guide} does not fit {args.dit}: {found}")
         if args.scale == 1:
             raise ValueError("--guide needs a --scale: the paper has 1.42 at 256 px and 1.5 at 512 px")
+        guide, theirs = dits.load_dit(args.guide)
+        ours = {key: model.config[key] for key in ("latent_dim", "grid", "num_classes")} | {"encoder": name}
+        theirs = guide.config | {"encoder": theirs.get("encoder", {}).get("name", name)}
+        differ = ", ".join(f"{key} {theirs[key]} instead of {ours[key]}" for key in ours if theirs[key] != ours[key])
+        if differ:
+            raise ValueError(f"--guide {args.guide} does not fit {args.dit}: {differ}")
     elif args.scale != 1 and (args.unconditional or not model.num_classes or info.get("label_dropout") == 0):
         raise ValueError(f"--scale {args.scale:g}: no classifier-free guidance without classes, or for a model trained "
                          "without label dropout; give --scale 1, or a weaker model by --guide")  # fmt: skip
-    if args.compile:
-        for block in [*model.blocks, *(guide.blocks if guide else []), *decoder.blocks]:
-            block.compile()
-    stats = {key: value.to(device) for key, value in stats.items()}
-    return model.to(device), guide.to(device) if guide else None, stats, shift, decoder.to(device)
+    return model, guide, stats, info.get("shift", dits.shift_for(shape)), decoder
 
 
-def load_decoder(args, encoder=None, shape=None):
-    """The decoder, checked to belong to the diffusion model's encoder and latent shape where they are known."""
-    name = encoder["name"] if encoder else args.encoder
-    if name not in encoders.ENCODERS and encoder is None:
-        raise ValueError(f"unknown --encoder {name}: one of {', '.join(encoders.ENCODERS)}")
-    pixels = encoders.ENCODERS[name]["pixels"] if encoder is None else {key: encoder[key] for key in ("mean", "std")}
-    decoder, info = decoders.load_decoder(args.decoder, pixels)
-    found = (decoder.config["latent_dim"], decoder.config["grid"], decoder.config["grid"])
-    if shape and found != shape:
-        raise ValueError(f"{args.decoder} decodes latents of shape {found}, but {args.dit} draws {shape}")
-    if encoder and "encoder" in info and info["encoder"]["name"] != name:
-        raise ValueError(f"{args.decoder} belongs to encoder {info['encoder']['name']}, but {args.dit} to {name}")
-    return decoder, info
+def load_decoder(args, encoder=None):
+    """The decoder, and the record of its encoder. A published one belongs to `encoder`, or else to --encoder."""
+    if not encoder:
+        if args.encoder not in encoders.ENCODERS:
+            raise ValueError(f"unknown --encoder {args.encoder}: one of {', '.join(encoders.ENCODERS)}")
+        encoder = encoders.ENCODERS[args.encoder]["pixels"] | {"name": args.encoder}
+    decoder, info = decoders.load_decoder(args.decoder, {key: encoder[key] for key in ("mean", "std")})
+    return decoder, info.get("encoder", encoder | {"image_size": decoder.config["grid"] * 16})
 
 
 def labels_of(args, model):
@@ -148,43 +149,41 @@ class Output:
     whole; of a folder only the missing files are asked for; a PNG grid is made of all images at the end.
     """
 
-    def __init__(self, path, count, size, settings, overwrite, rank, columns):
-        self.path, self.count, self.rank, self.columns = path, count, rank, columns
+    def __init__(self, path, shape, settings, overwrite, columns):
+        self.path, self.shape, self.columns = path, shape, columns
         self.settings = json.dumps(settings, sort_keys=True)
-        self.kind = path.suffix if path.suffix in (".png", ".npz") else "folder"
-        self.note = path / ".settings.json" if self.kind == "folder" else path
-        self.finished = False
-        if self.note.exists() and self.kind != ".png" and not overwrite:
-            found = self.note.read_text() if self.kind == "folder" else self.npz_settings()
-            if found != self.settings:
-                raise ValueError(f"{path} was made with other settings: choose another --out or give --overwrite")
-            self.finished = self.kind == ".npz"
-        elif self.kind == "folder" and path.exists() and any(path.iterdir()) and not self.note.exists():
-            raise ValueError(f"{path} is a folder with other content: choose another --out")
-        self.shape = (count, size, size, 3)
-        self.raw = path.with_name(path.name + ".tmp.npy")
+        self.kind = path.suffix.lower() if path.suffix.lower() in (".png", ".npz") else "folder"
+        self.note, self.raw = path / ".settings.json", path.with_name(path.name + ".tmp.npy")
+        found = None  # the settings of what is there
+        if self.kind == "folder" and path.exists() and any(path.iterdir()):
+            if not self.note.exists():
+                raise ValueError(f"{path} is a folder with other content: choose another --out")
+            found = self.note.read_text()
+        elif self.kind == ".npz" and path.exists():
+            try:
+                with np.load(path) as file:
+                    found = file["settings"].tobytes().decode()
+            except Exception:
+                found = "none"
+        self.same = found == self.settings
+        if found and not self.same and not overwrite:
+            raise ValueError(f"{path} was made with other settings: choose another --out or give --overwrite")
+        self.finished = self.kind == ".npz" and self.same
 
-    def npz_settings(self):
-        try:
-            with np.load(self.path) as file:
-                return file["settings"].tobytes().decode()
-        except Exception:
-            return None
-
-    def open(self):
+    def open(self, rank):
         """Start writing; call it on every rank, the main rank first. Returns the indices that are missing."""
-        missing = range(self.count)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.kind == "folder":
-            self.path.mkdir(exist_ok=True)
-            same = self.note.exists() and self.note.read_text() == self.settings
-            missing = [i for i in missing if not (same and (self.path / f"{i:06}.png").exists())]
-            if self.rank == 0:
-                self.note.write_text(self.settings)
-        else:
-            mode = "w+" if self.rank == 0 else "r+"
+        if self.kind != "folder":
+            mode = "w+" if rank == 0 else "r+"
             self.images = np.lib.format.open_memmap(self.raw, mode, dtype=np.uint8, shape=self.shape)
-        return missing
+            return range(self.shape[0])
+        self.path.mkdir(exist_ok=True)
+        if rank == 0 and not self.same:
+            for old in self.path.glob("[0-9]" * 6 + ".png"):
+                old.unlink()
+            self.note.write_text(self.settings)
+        there = {file.name for file in self.path.iterdir()}
+        return [i for i in range(self.shape[0]) if f"{i:06}.png" not in there]
 
     def __setitem__(self, i, image):
         if self.kind == "folder":
@@ -210,59 +209,66 @@ class Output:
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = init_distributed_device(args)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
         torch.backends.cudnn.allow_tf32 = args.precision != "float32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    names = ["reconstruct", "decoder", "precision"] if args.reconstruct else [
-        "dit", "decoder", "stats", "guide", "scale", "interval", "steps", "heun", "unconditional", "num", "classes",
-        "per_class", "seed", "precision"]  # fmt: skip
+    names = ["reconstruct", "decoder", "encoder", "encoder_weights", "precision"] if args.reconstruct else [
+        "dit", "decoder", "encoder", "stats", "guide", "scale", "interval", "steps", "heun", "unconditional", "num",
+        "classes", "per_class", "seed", "precision"]  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
-    settings |= {
-        f"{name} of": os.path.getmtime(settings[name]) for name in names if os.path.isfile(str(settings[name]))
-    }
+    settings |= {f"{key} of": os.path.getmtime(path) for key, path in settings.items() if os.path.isfile(str(path))}
     try:
         if args.reconstruct:
-            decoder, info = load_decoder(args)
-            record = info.get("encoder", dict(name=args.encoder, image_size=decoder.config["grid"] * 16))
+            decoder, record = load_decoder(args)
             encoder = encoders.Encoder(record["name"], record["image_size"], args.encoder_weights)
             if (encoder.latent_dim, encoder.grid) != (decoder.config["latent_dim"], decoder.config["grid"]):
-                raise ValueError(f"{args.decoder} does not decode {encoder.latent_dim}-wide tokens of {record['name']}")
-            if Path(args.reconstruct).is_file():
+                raise ValueError(f"{args.decoder} does not decode {encoder.latent_dim}-wide tokens on a grid of "
+                                 f"{encoder.grid} x {encoder.grid}, those of {record['name']}")  # fmt: skip
+            if os.path.isfile(args.reconstruct):
                 return reconstruct_photo(args, encoder.to(device), decoder.to(device), device)
             source = encoders.image_source(args.reconstruct, decoder.image_size)
             count, columns = len(source), 8
         else:
-            model, guide, stats, shift, decoder = load_models(args, device)
+            model, guide, stats, shift, decoder = load_models(args)
             labels = labels_of(args, model)
-            count = len(labels)
-            columns = 8 if args.num else args.per_class
+            count, columns = len(labels), 8 if args.num else args.per_class
         if args.out.suffix == ".png" and count > 10000:
             raise ValueError(f"{count} images are too many for one picture: give --out an .npz or a folder")
-        output = Output(args.out, count, decoder.image_size, settings, args.overwrite, args.rank, columns)
+        shape = (count, decoder.image_size, decoder.image_size, 3)
+        output = Output(args.out, shape, settings | {"images": count}, args.overwrite, columns)
+        if output.finished:
+            print(f"finished: {args.out} has these {count} images already")
+            return
+        for rank in range(args.world_size):  # the main rank creates what the others open
+            if rank == args.rank:
+                missing = output.open(rank)
+            if args.distributed:
+                torch.distributed.barrier()
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    if output.finished:
-        print(f"finished: {args.out} has these {count} images already")
-        return
 
-    for rank in range(args.world_size):  # the main rank creates what the others open
-        if rank == args.rank:
-            missing = output.open()
-        if args.distributed:
-            torch.distributed.barrier()
-    mine = list(missing[args.rank :: args.world_size])
+    mine = missing[args.rank :: args.world_size]
     parts = [mine[i : i + args.batch] for i in range(0, len(mine), args.batch)]
+    decoder = decoder.to(device)
     if args.reconstruct:
         images = encoders.Images(source, lambda image, _: encoders.center_crop(image, decoder.image_size), strict=True)
-        loader = encoders.make_loader(images, [[(i, i) for i in part] for part in parts], args.workers, device)
-        encoder, decoder, loader = encoder.to(device), decoder.to(device), iter(loader)
+        loader = iter(encoders.make_loader(images, [[(i, i) for i in p] for p in parts], args.workers, device))
+        encoder = encoder.to(device)
+    else:
+        model, guide = model.to(device), guide.to(device) if guide else None
+        stats = {key: value.to(device) for key, value in stats.items()}
+        if args.compile:
+            for block in [*model.blocks, *(guide.blocks if guide else []), *decoder.blocks]:
+                block.compile()
     with torch.no_grad(), autocast, tqdm(total=len(mine), unit="image", disable=args.rank > 0) as bar:
         for part in parts:
             if args.reconstruct:
-                pixels, *_ = next(loader)  # (B, 3, S, S) uint8
+                try:
+                    pixels, *_ = next(loader)  # (B, 3, S, S) uint8
+                except ValueError as error:  # an unreadable image; a loader process puts its traceback in front
+                    parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
                 z = encoder(pixels.to(device, non_blocking=True).float() / 255)
             else:
                 y = torch.tensor([labels[i] for i in part], device=device)
@@ -286,6 +292,7 @@ def reconstruct_photo(args, encoder, decoder, device):
     photo = np.asarray(encoders.center_crop(encoders.open_image(args.reconstruct), decoder.image_size))
     pixels = torch.from_numpy(photo.transpose(2, 0, 1).copy()).to(device)[None].float() / 255  # (1, 3, S, S)
     decoded = decoders.to_uint8(decoder(encoder(pixels)))[0].cpu().numpy()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     decoders.image_grid(np.stack([photo, decoded]), 2).save(args.out)
     print(f"original and reconstruction in {args.out}")
 

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import math
 import os
 import resource
@@ -42,17 +43,17 @@ import encoder as encoders
 import fid
 
 IMAGENET = dict(
-    encoder="dinov2-b", size=256, resize=384, model="ViT-XL", epochs=16, batch=512, micro_batch=16, lr=2e-4,
-    lr_end=2e-5, beta1=0.9, beta2=0.95, warmup=1.0, ema=0.9978, tau=0.8, lpips=1.0, gan=0.75, disc_start=6.0,
-    gan_start=8.0, precision="tf32", preview_every=1.0, save_every=1.0, log_every=100,
+    encoder="dinov2-b", size=256, model="ViT-XL", epochs=16, batch=512, micro_batch=16, lr=2e-4, lr_end=2e-5,
+    beta1=0.9, beta2=0.95, warmup=1.0, ema=0.9978, tau=0.8, lpips=1.0, gan=0.75, disc_start=6.0, gan_start=8.0,
+    precision="tf32", preview_every=1.0, save_every=1.0, log_every=100,
 )  # fmt: skip
 PRESETS = {
     "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | dict(size=512, resize=768, micro_batch=4),
+    "imagenet512": IMAGENET | dict(size=512, micro_batch=4),
     "demo": IMAGENET | dict(
-        data="shapes", encoder="random-tiny", size=32, resize=32, model="ViT-tiny", epochs=6, batch=32, micro_batch=32,
-        lr=3e-3, lr_end=3e-5, warmup=0.2, ema=0.99, tau=0.2, lpips=0.0, gan=0.0, precision="float32",
-        preview_every=2.0, save_every=2.0, log_every=50,
+        data="shapes", encoder="random-tiny", size=32, model="ViT-tiny", epochs=4, batch=16, micro_batch=16, lr=2e-3,
+        lr_end=3e-5, warmup=0.2, ema=0.99, tau=0.1, lpips=0.0, gan=0.0, disc_start=2.0, gan_start=3.0,
+        precision="float32", preview_every=1.0, save_every=1.0, log_every=250,
     ),
 }  # fmt: skip
 # Arguments that may change between runs in one folder: they do not shape the result, or only how long it is worked on.
@@ -79,25 +80,18 @@ def load_dino(weights=None, num_heads=None):
         try:
             return timm.create_model(DINO, pretrained=True, num_classes=0, act_layer="gelu_tanh")
         except Exception as error:  # each version of the hub's client fails in its own way
-            raise ValueError(
-                f"cannot download the discriminator's backbone ({type(error).__name__}); without a network, fetch "
-                f"https://huggingface.co/timm/{DINO}/resolve/main/model.safetensors elsewhere "
-                "and pass it as --dino-weights PATH"
-            ) from error
+            url = f"https://huggingface.co/timm/{DINO}/resolve/main/model.safetensors"
+            problem = f"cannot download the discriminator's backbone ({type(error).__name__})"
+            raise ValueError(f"{problem}: fetch {url} and pass it with --dino-weights PATH") from error
     try:
         with open(weights, "rb"):  # a missing file ends here; timm would also log it
             state = timm.models.load_state_dict(weights, weights_only=True)
         D, _, patch, _ = state["patch_embed.proj.weight"].shape
+        size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch  # the position of the class token aside
+        depth = sum(key.endswith("norm1.weight") for key in state)
         vit = timm.models.VisionTransformer(
-            img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,  # the position of the class token aside
-            patch_size=patch,
-            num_classes=0,
-            embed_dim=D,
-            depth=sum(key.endswith("norm1.weight") for key in state),
-            num_heads=num_heads or max(2, D // 64),
-            mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / D,
-            act_layer="gelu_tanh",
-        )
+            size, patch, num_classes=0, embed_dim=D, depth=depth, num_heads=num_heads or max(2, D // 64),
+            mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / D, act_layer="gelu_tanh")  # fmt: skip
         vit.load_state_dict(state)
         return vit
     except Exception as error:  # unreadable, damaged, or not a ViT
@@ -251,10 +245,10 @@ def parse_args(argv):
     add("--encoder", help=f"{', '.join(encoders.ENCODERS)}, or a timm ViT by its name")
     add("--encoder-weights", metavar="PATH", help="local file instead of timm's download")
     add("--encoder-size", type=int, metavar="PX",
-        help="image size that the encoder is built for (default --size); 256 with --size 512 is the paper's decoder "
-        "upsampling")  # fmt: skip
+        help="image size it is built for (default --size); 256 with --size 512: decoder upsampling")  # fmt: skip
     add("--size", type=int, help="image size in pixels, as decoded")
-    add("--resize", type=int, help="shorter side in pixels before the random crop to --size; the paper: 1.5 times it")
+    add("--resize", type=int, metavar="PX",
+        help="shorter side before the random crop (default 1.5 --size, as in the paper; `shapes`: --size)")  # fmt: skip
     add("--model", choices=decoders.SIZES, help="size of the decoder")
     add("--tau", type=float, help="noise on the latents: sigma = tau |n|, n ~ N(0, 1) for each image; 0: none")
     add("--lpips", type=float, help="weight of the perceptual loss; 0: off")
@@ -279,40 +273,73 @@ def parse_args(argv):
     add("--preview-every", type=float, metavar="EPOCHS", help="interval of preview pictures; 0: none")
     add("--save-every", type=float, metavar="EPOCHS", help="interval of decoder.pt and last.pt")
     add("--log-every", type=int, metavar="STEPS", help="interval of the log")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the weights, the images' order and everything that is drawn")
     add("--workers", type=int, help="loader processes for each GPU (default: by cores, at most 12; 0 for `shapes`)")
     add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"runs/{args.preset}/decoder")
     args.encoder_size = args.encoder_size or args.size
-    for name in ("epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "size", "encoder_size"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number above 0")
-    for name in ("warmup", "lr_end", "tau", "lpips", "gan", "disc_start", "gan_start", "preview_every", "seed"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number of at least 0")
-    for name in ("ema", "beta1", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 0 and below 1")
+    args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
+    above = ["epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "size", "encoder_size"]
+    least = ["warmup", "lr_end", "tau", "lpips", "gan", "disc_start", "gan_start", "preview_every", "seed", "workers"]
+    for name, value in vars(args).items():
+        if name in above and not 0 < value < math.inf or name in least and not 0 <= (value or 0) < math.inf:
+            bound = "above 0" if name in above else "of at least 0"
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a number {bound}")
+        if name in ("ema", "beta1", "beta2") and not 0 <= value < 1:
+            parser.error(f"--{name} {value}: must be at least 0 and below 1")
     if args.resize < args.size:
         parser.error(f"--resize {args.resize}: must not be below --size {args.size}")
+    if args.lpips and args.size < 16:
+        parser.error(f"--size {args.size}: the perceptual loss needs 16 pixels; or give --lpips 0")
     if args.gan_start < args.disc_start:
         parser.error(f"--gan-start {args.gan_start:g}: must not come before --disc-start {args.disc_start:g}")
+    if args.data != "shapes" and not os.path.isdir(args.data):
+        parser.error(f"--data {args.data}: no such folder; give a folder of images, or `shapes`")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here, use --device cpu")
     return parser, args
 
 
-def save(content, path):
-    """Write a checkpoint beside its place, then move it there: what is at `path` is always whole."""
-    temporary = f"{path}.tmp"
+def load_frozen(args, device):
+    """The encoder, and LPIPS and the discriminator or None where their weight is 0.
+
+    Raises one ValueError for everything that cannot be loaded: it says what to fetch, and the flags that take it.
+    """
+    networks, problems = [], []
+    for wanted, network, *arguments in (
+        (True, encoders.Encoder, args.encoder, args.encoder_size, args.encoder_weights),
+        (args.lpips, fid.LPIPS, args.vgg_weights, args.lpips_weights),
+        (args.gan, Discriminator, args.dino_weights),
+    ):
+        torch.manual_seed(args.seed)  # for the discriminator's heads, which train
+        try:
+            networks.append(network(*arguments).to(device) if wanted else None)
+        except ValueError as error:
+            problems.append(str(error))
+            if "--lpips-weights" in problems[-1] and not args.vgg_weights:
+                problems.append("VGG16, model.safetensors of https://huggingface.co/timm/vgg16.tv_in1k: --vgg-weights")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return networks
+
+
+def save(files):
+    """Write checkpoints {path: content} beside their places, then move them there: what is at a path is always whole,
+    and the files of one save belong together."""
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in files.items():
+            with open(f"{path}.tmp", "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        Path(temporary).unlink(missing_ok=True)
+        for name in files:
+            Path(f"{name}.tmp").unlink(missing_ok=True)
         sys.exit(f"cannot write {path} ({error}); what was there before is untouched: make room, run again to resume")
 
 
@@ -325,7 +352,7 @@ def read_last(folder, recorded):
         return None
     try:
         last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        theirs = last["args"]
+        theirs = {"train_decoder": last["args"]}[last["kind"]]
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of this script ({type(error).__name__}): move it away") from None
     differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
@@ -338,52 +365,43 @@ def read_last(folder, recorded):
 class Log:
     """Averages since the last row over steps and ranks: one line on the terminal and one row in log.csv."""
 
-    terms = ["l1", "lpips", "gan", "gan_weight", "disc", "real", "fake"]  # losses, w, and mean logits
+    fields = ["step", "epoch", "l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "lr", "lr_disc", "grad_norm",
+              "images_per_s", "memory_gb", "skipped", "replaced"]  # fmt: skip
 
-    def __init__(self, path, start, device, main_rank):
-        self.device, self.main_rank = device, main_rank
+    def __init__(self, path, start, main_rank):
         if main_rank:
-            rows = list(csv.DictReader(open(path))) if start and path.exists() else []
-            rows = [row for row in rows if int(row["step"]) <= start]  # steps after the checkpoint are done again
-            fields = ["step", "epoch", *self.terms, "lr", "lr_disc", "grad_norm", "images_per_s", "memory_gb",
-                      "skipped", "replaced"]  # fmt: skip
-            self.file = open(path, "w", newline="")
-            self.csv = csv.DictWriter(self.file, fields)
+            rows = list(csv.DictReader(path.read_text().splitlines())) if start and path.exists() else []
+            self.file = open(path, "w", newline="", buffering=1)  # each line goes to the disk at once
+            self.csv = csv.DictWriter(self.file, self.fields)
             self.csv.writeheader()
-            self.csv.writerows(rows)
-            self.file.flush()
+            self.csv.writerows(row for row in rows if int(row["step"]) <= start)  # later steps are done again
         self.reset(start)
 
     def reset(self, step):
-        self.sums = torch.zeros(2, len(self.terms), device=self.device)  # of values, and how many
-        self.step, self.time = step, time.perf_counter()
+        self.values, self.step, self.time = {}, step, time.perf_counter()
 
     def add(self, **values):
         for name, value in values.items():
-            column = self.sums[:, self.terms.index(name)]
-            column[0] += value.detach()
-            column[1] += 1
+            self.values.setdefault(name, []).append(value.detach())
 
-    def write(self, bar, total, step, epoch, batch, replaced, **numbers):
-        replaced = torch.tensor(float(replaced), device=self.device)
+    def write(self, bar, step, epoch, batch, **numbers):
+        means = torch.stack([torch.stack(values).mean() for values in self.values.values()])
         if dist.is_initialized():
-            dist.all_reduce(self.sums)
-            dist.all_reduce(replaced)
-        sums, counts = self.sums.tolist()
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        row = {name: f"{value:.5f}" for name, value in zip(self.values, means.tolist(), strict=True)}
         seconds = (time.perf_counter() - self.time) / (step - self.step)
-        if self.device.type == "cuda":
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if means.is_cuda:
             memory = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if self.main_rank:
-            terms = {name: f"{a / b:.5f}" for name, a, b in zip(self.terms, sums, counts, strict=True) if b}
-            numbers = {key: f"{value:.4g}" for key, value in numbers.items()}
-            numbers |= dict(images_per_s=f"{batch / seconds:.1f}", memory_gb=f"{memory:.2f}", replaced=int(replaced))
-            self.csv.writerow(dict(step=step, epoch=f"{epoch:.4f}") | terms | numbers)
-            self.file.flush()
-            words = " ".join(f"{key} {value}" for key, value in (terms | numbers).items())
-            left = datetime.timedelta(seconds=int((total - step) * seconds))
-            bar.write(f"step {step}/{total} epoch {epoch:.2f} {words} left {left}")
+        numbers |= dict(images_per_s=batch / seconds, memory_gb=memory)
+        row |= {name: f"{value:.4g}" for name, value in numbers.items()}
+        if not bar.disable:
+            self.csv.writerow(dict(step=step, epoch=f"{epoch:.4f}") | row)
+            words = " ".join(f"{name} {value}" for name, value in row.items())
+            left = datetime.timedelta(seconds=int((bar.total - step) * seconds))
+            bar.write(f"step {step}/{bar.total} epoch {epoch:.2f} {words} left {left}")
+            sys.stdout.flush()
         self.reset(step)
 
 
@@ -408,60 +426,80 @@ def draw(keys, shape, tau, generator):
     return tau * sigma.abs() * noise, uniforms.transpose(0, 1)
 
 
-def main(argv=None):
-    parser, args = parse_args(argv)
+def update(optimizer):
+    """A step of AdamW, left out where a gradient is not finite. Returns the gradients' norm."""
+    norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
+    optimizer.found_inf = 1 - norm.isfinite().float()  # as under a GradScaler: decided on the device, without a wait
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def train(args):
+    """All of it. Returns None, or why there is nothing to train or training had to stop; the same on every rank."""
     recorded = {key: value for key, value in vars(args).items() if key not in FREE}
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = init_distributed_device(args)
     main_rank = args.rank == 0
-    say = print if main_rank else (lambda _: None)
+    say = functools.partial(print, flush=True) if main_rank else (lambda _: None)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
         torch.backends.cudnn.allow_tf32 = args.precision != "float32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # What the run is made of. Bad input ends here, in one line, before any long work.
+    problem = last = None
     try:
         local_batch, rest = divmod(args.batch, args.world_size)
         if rest:
             raise ValueError(f"--batch {args.batch} does not divide over {args.world_size} processes")
         micro_batch = max(size for size in range(1, args.micro_batch + 1) if local_batch % size == 0)
-        source = encoders.image_source(args.data, args.size)
-        recorded |= dict(images=len(source))
-        last = read_last(args.out, recorded)
-        encoder = encoders.Encoder(args.encoder, args.encoder_size, args.encoder_weights).to(device)
+        encoder, lpips, discriminator = load_frozen(args, device)
         patch, rest = divmod(args.size, encoder.grid)
         if rest:
             raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {encoder.grid}")
-        shape = (encoder.latent_dim, encoder.grid, encoder.grid)
-        torch.manual_seed(args.seed)
-        model = decoders.Decoder(encoder.latent_dim, encoder.grid, patch, **decoders.SIZES[args.model],
-                                 mean=encoder.record["mean"], std=encoder.record["std"]).to(device)  # fmt: skip
-        lpips = fid.LPIPS(args.vgg_weights, args.lpips_weights).to(device) if args.lpips else None
-        discriminator = Discriminator(args.dino_weights).to(device) if args.gan else None
+        source = encoders.image_source(args.data, args.size)
+        recorded |= dict(images=len(source))
+        args.out.mkdir(parents=True, exist_ok=True)
+        last = read_last(args.out, recorded)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        problem = str(error)
+    start = last["step"] if last else 0
+    found = [(problem, start)]
+    if args.distributed:
+        found *= args.world_size
+        dist.all_gather_object(found, (problem, start))
+    if problems := [problem for problem, _ in found if problem]:
+        return problems[0]
+    if len(set(found)) > 1:
+        return f"the processes see different {args.out}/last.pt: put --out on a disk that all nodes share"
     steps_per_epoch = len(source) / args.batch
     total = max(1, round(args.epochs * steps_per_epoch))
-    start = last["step"] if last else 0
     if start >= total:
-        say(f"finished: {args.out}/decoder.pt has its {start / steps_per_epoch:g} epochs; --epochs goes on")
+        say(f"finished: {args.out}/decoder.pt has its {start / steps_per_epoch:g} epochs; a larger --epochs goes on")
         return
-    args.out.mkdir(parents=True, exist_ok=True)
 
-    workers = args.workers
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = 0 if args.data == "shapes" else max(1, min(12, cores - 1))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = 0 if args.data == "shapes" else max(1, min(12, cores - 1))
+    workers = workers if args.workers is None else args.workers
     images = encoders.Images(source, lambda image, rng: encoders.random_crop(image, args.resize, args.size, rng))
     batches = encoders.training_batches(
         len(source), args.batch, micro_batch, range(start, total), args.seed, args.rank, args.world_size
     )
     loader = iter(encoders.make_loader(images, batches, workers, device))
+    if args.preview_every and main_rank:
+        centered = encoders.Images(source, lambda image, _: encoders.center_crop(image, args.size))
+        shown = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()
+        shown = torch.stack([centered[i, i][0] for i in shown])  # (8, 3, S, S) uint8
+        with autocast:
+            shown_z = encoder(shown.to(device).float() / 255)  # (8, C, H, W)
 
     # Models, moving average, optimisers.
-    model.train().checkpointing = args.checkpointing
-    ema = ModelEmaV3(model, decay=args.ema, exclude_buffers=True).requires_grad_(False)
+    torch.manual_seed(args.seed)
+    shape = (encoder.latent_dim, encoder.grid, encoder.grid)
+    model = decoders.Decoder(encoder.latent_dim, encoder.grid, patch, **decoders.SIZES[args.model],
+                             mean=encoder.record["mean"], std=encoder.record["std"]).to(device).train()  # fmt: skip
+    model.checkpointing = args.checkpointing
+    ema = ModelEmaV3(model, decay=args.ema, exclude_buffers=True).requires_grad_(False)  # eager, in eval mode
     adamw = dict(lr=args.lr, betas=(args.beta1, args.beta2), weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
     if discriminator:
@@ -491,41 +529,47 @@ def main(argv=None):
         """The ranks' gradients meet at the last micro-batch of a step."""
         return module.no_sync() if args.distributed and micro < accumulate - 1 else contextlib.nullcontext()
 
+    def steps(epochs):
+        return round(epochs * steps_per_epoch)
+
+    disc_start, gan_start, warmup = steps(args.disc_start), steps(args.gan_start), args.warmup * steps_per_epoch
+    save_every, preview_every = max(1, steps(args.save_every)), max(1, steps(args.preview_every))
     say(
         f"{args.model}, patch {patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{len(source)} images; batch {args.batch} = {args.world_size} processes x {accumulate} x {micro_batch}; "
         f"steps {start} to {total}"
+        + (f"; discriminator from step {disc_start}, its loss from step {gan_start}" if discriminator else "")
     )
+    def checkpoint(step):
+        last = dict(kind="train_decoder", args=recorded, step=step, model=model.state_dict(),
+                    ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
+                    replaced=replaced)  # fmt: skip
+        if discriminator:
+            last |= dict(discriminator=discriminator.heads.state_dict(), disc_optimizer=disc_optimizer.state_dict())
+        result = dict(kind="decoder", config=model.config, model=ema.module.state_dict(), encoder=encoder.record,
+                      tau=args.tau, epoch=step / steps_per_epoch)  # fmt: skip
+        save({args.out / "last.pt": last, args.out / "decoder.pt": result})
 
-    def every(epochs):
-        return max(1, round(epochs * steps_per_epoch)) if epochs else 0
-
-    save_every, preview_every = every(args.save_every), every(args.preview_every)
-    warmup = args.warmup * steps_per_epoch
-    disc_start, gan_start = round(args.disc_start * steps_per_epoch), round(args.gan_start * steps_per_epoch)
-    if preview_every and main_rank:
-        shown = np.random.default_rng(args.seed).permutation(len(source))[:8]
-        shown = [encoders.center_crop(source.open(i)[0], args.size) for i in shown]
-        shown = torch.from_numpy(np.stack([np.asarray(image) for image in shown]))  # (8, S, S, 3) uint8
     stopping = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopping.append(number))
     generator = torch.Generator(device)
-    log = Log(args.out / "log.csv", start, device, main_rank)
+    log = Log(args.out / "log.csv", start, main_rank)
     bar = tqdm(total=total, initial=start, unit="step", disable=not main_rank, dynamic_ncols=True)
     bad_in_a_row = 0
     for step in range(start, total):
         lr = lr_at(step, args.lr, args.lr_end, warmup, total)
-        lr_disc = lr_at(step - disc_start, args.lr, args.lr_end, warmup, total) if step >= disc_start else 0.0
         train_disc = discriminator is not None and step >= disc_start
+        lr_disc = lr_at(step - disc_start, args.lr, args.lr_end, warmup, total) if train_disc else 0.0
         use_gan = discriminator is not None and step >= gan_start
         kept = []  # what the discriminator's step needs of each micro-batch, so that nothing is encoded twice
+        broken = 0
 
         # The decoder: both losses' gradients at the pixels, then one backward.
         optimizer.param_groups[0]["lr"] = lr
         for micro in range(accumulate):
-            pixels, _, keys, broken = next(loader)  # (B, 3, S, S) uint8, ..., (B,), (B,)
-            replaced += int(broken.sum())
+            pixels, _, keys, unreadable = next(loader)  # (B, 3, S, S) uint8, ..., (B,), (B,)
+            broken += int(unreadable.sum())
             real = pixels.to(device, non_blocking=True).float() / 255  # (B, 3, S, S) in [0, 1]
             noise, uniforms = draw(keys, shape, args.tau, generator)
             with sync(wrapped, micro):
@@ -546,18 +590,9 @@ def main(argv=None):
             log.add(l1=l1, **({"lpips": perceptual} if lpips else {}))
             if train_disc:
                 kept.append((real, z, uniforms))
-        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
-
-        # One wait for the GPU: is the gradient finite, and has any rank been told to stop?
-        status = torch.stack([norm, torch.tensor(float(bool(stopping)), device=device)])
-        if args.distributed:
-            dist.all_reduce(status, dist.ReduceOp.MAX)
-        norm, stop = status.tolist()
-        bad = not math.isfinite(norm)
-        if not bad:
-            optimizer.step()
-            ema.update(model)
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(optimizer)
+        disc_norm = torch.zeros_like(norm)
+        ema.update(model)
 
         # The discriminator: fresh reconstructions of the updated decoder, without noise, in 8 bits as the real images.
         if train_disc:
@@ -572,46 +607,59 @@ def main(argv=None):
                     disc = hinge_loss(real_logits, fake_logits)
                     (disc / accumulate).backward()
                 log.add(disc=disc, real=real_logits.mean(), fake=fake_logits.mean())
-            disc_norm = nn.utils.clip_grad_norm_(discriminator.heads.parameters(), math.inf)
-            if math.isfinite(disc_norm.item()):
-                disc_optimizer.step()
-            else:
-                bad = True
-            disc_optimizer.zero_grad(set_to_none=True)
-        bad_in_a_row = bad_in_a_row + 1 if bad else 0
-        skipped += bad  # a step whose gradient is not finite never reaches the weights
+            disc_norm = update(disc_optimizer)
+
+        # One wait for the GPU in each step, after which the ranks agree: on the gradients' norms (already the same on
+        # all), on files that could not be read, on whether any rank has been told to stop.
+        status = torch.stack([norm, disc_norm, *torch.tensor([broken, float(bool(stopping))], device=device)])
+        if args.distributed:
+            dist.all_reduce(status)
+        norm, disc_norm, broken, stop = status.tolist()
+        replaced += int(broken)
+        bad = not math.isfinite(norm + disc_norm)  # `update` has left such a step out
+        skipped, bad_in_a_row = skipped + bad, (bad_in_a_row + 1) * bad
 
         done = step + 1
-        epoch = done / steps_per_epoch
+        epoch, end = done / steps_per_epoch, done == total or stop or bad_in_a_row == 20
         bar.update()
-        if done % args.log_every == 0 or done == total:
-            log.write(bar, total, done, epoch, args.batch, replaced, lr=lr, lr_disc=lr_disc, grad_norm=norm,
-                      skipped=skipped)  # fmt: skip
-        if preview_every and main_rank and (done % preview_every == 0 or done == total):
+        if done % args.log_every == 0 or end:
+            log.write(bar, done, epoch, args.batch, lr=lr, lr_disc=lr_disc, grad_norm=norm / args.world_size,
+                      skipped=skipped, replaced=replaced)  # fmt: skip
+        if main_rank and args.preview_every and (done % preview_every == 0 or done == total):
             with torch.no_grad(), autocast:
-                decoded = ema.module(encoder(shown.permute(0, 3, 1, 2).to(device).float() / 255))
-            picture = decoders.image_grid(torch.cat([shown, decoders.to_uint8(decoded).cpu()]), len(shown))
-            picture.save(args.out / f"preview-{epoch:.2f}.png")
-        if main_rank and (done % save_every == 0 or done == total or stop):
-            save(dict(kind="decoder", config=model.config, model=ema.module.state_dict(), encoder=encoder.record,
-                      tau=args.tau, epoch=epoch), args.out / "decoder.pt")  # fmt: skip
-            last = dict(kind="train_decoder", args=recorded, step=done, model=model.state_dict(),
-                        ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
-                        replaced=replaced)  # fmt: skip
-            if discriminator:
-                last |= dict(discriminator=discriminator.heads.state_dict(), disc_optimizer=disc_optimizer.state_dict())
-            save(last, args.out / "last.pt")
+                decoded = decoders.to_uint8(ema.module(shown_z)).cpu()
+            picture = torch.cat([shown.permute(0, 2, 3, 1), decoded])  # (16, S, S, 3)
+            decoders.image_grid(picture, len(shown)).save(args.out / f"preview-{epoch:.2f}.png")
+        if main_rank and (done % save_every == 0 or end):
+            checkpoint(done)
         if bad_in_a_row == 20:
-            sys.exit(
-                f"stopped at step {done}: the gradient was not finite 20 times in a row; {args.out}/last.pt is intact. "
-                "Try --precision tf32 or a smaller --lr"
-            )
+            return (f"stopped at step {done}: the gradient was not finite 20 times in a row; {args.out}/last.pt has "
+                    "the weights from before. Try --precision tf32 or a smaller --lr")  # fmt: skip
         if stop:
             say(f"stopped and saved at step {done}; the same command resumes")
             break
     bar.close()
-    if args.distributed:
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        problem = train(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        loader = "DataLoader worker" in str(error) or "could not be read" in str(error)
+        if not loader and not isinstance(error, (OSError, torch.OutOfMemoryError)):
+            raise
+        cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1]
+        sys.exit(f"stopped: {cause}\nThe same command resumes. Where memory is short: a smaller --micro-batch, "
+                 "--checkpointing, fewer --workers")  # fmt: skip
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if dist.is_initialized():  # only here, where all ranks agree: one that fails alone must not wait for the others
         dist.destroy_process_group()
+    if problem:
+        parser.error(problem) if args.rank == 0 else sys.exit(2)
 
 
 if __name__ == "__main__":

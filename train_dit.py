@@ -9,14 +9,16 @@ The same command again resumes. Paper: arXiv 2510.11690, sections 4 and 5. It wr
     dit.pt          EMA weights, configuration and latent statistics: what sample.py reads
     last.pt         everything that is needed to go on exactly where training stopped
     stat.pt         the latent statistics
-    log.csv         one row for each logged interval, with the loss by bins of t
+    log.csv         one row for each logged interval, with the loss by bins of t, and one for each online FID
     preview-*.png   samples of the EMA weights from fixed noise, when there is a decoder
+    dit-*.pt        dit.pt at the epochs of --keep-every: guides for AutoGuidance, points of a FID curve
 """
 
 import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import math
 import os
 import resource
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from timm.utils import ModelEmaV3, init_distributed_device
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +38,7 @@ from tqdm import tqdm
 import decoder as decoders
 import dit
 import encoder as encoders
+import fid
 
 IMAGENET = dict(
     encoder="dinov2-b", size=256, model="DiT-DH-XL", epochs=80, batch=1024, micro_batch=32, lr=2e-4, lr_end=2e-5,
@@ -45,41 +49,43 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | dict(size=512, epochs=400, micro_batch=8),
     "demo": IMAGENET | dict(
-        data="shapes", encoder="random-tiny", size=32, model="DiT-DH-tiny", epochs=14, batch=64, micro_batch=64,
-        lr=3e-3, lr_end=3e-4, warmup=1.0, decay_start=9.0, decay_end=14.0, ema=0.995, shift_base=512.0,
-        precision="float32", stats_images=4000, preview_every=4.0, save_every=4.0, log_every=50,
+        data="shapes", encoder="random-tiny", size=32, model="DiT-DH-tiny", epochs=14, batch=32, micro_batch=32,
+        lr=3e-3, lr_end=1e-4, warmup=0.4, decay_start=6.0, decay_end=14.0, ema=0.995, shift_base=512.0,
+        precision="float32", stats_images=4000, preview_every=2.0, save_every=2.0, log_every=250,
     ),
 }  # fmt: skip
-PLAIN_DIT = dict(decay_start=math.inf, decay_end=math.inf, clip=0.0, ema=0.9999)  # the paper's, for models without head
+PLAIN_DIT = dict(decay_start=math.inf, decay_end=math.inf, clip=0.0, ema=0.9999)  # the paper's without DDT head
 T_BINS = 5  # the loss is logged for t in [0, 0.2), [0.2, 0.4), ...
 # Arguments that may change between runs in one folder: they do not shape the result.
-FREE = {"out", "data", "epochs", "preview_every", "keep_every", "save_every", "log_every", "micro_batch", "device",
-        "workers", "compile", "checkpointing", "decoder", "encoder_weights", "fid_every", "fid_reference", "fid_num",
-        "inception_weights"}  # fmt: skip
+FREE = {"preset", "out", "data", "epochs", "preview_every", "keep_every", "save_every", "log_every", "micro_batch",
+        "device", "workers", "compile", "checkpointing", "allow_narrow", "decoder", "encoder_weights", "fid_every",
+        "fid_reference", "fid_num", "inception_weights"}  # fmt: skip
 
 
 def parse_args(argv):
-    pre = argparse.ArgumentParser(add_help=False)
+    pre = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
     pre.add_argument("--preset", default="imagenet256")
     pre.add_argument("--model")
     known, _ = pre.parse_known_args(argv)
     defaults = dict(PRESETS.get(known.preset, {}))
-    if known.model and "DH" not in known.model:
+    if known.model and "DH" not in known.model and known.preset != "demo":
         defaults |= PLAIN_DIT
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.description = __doc__.split("\n\n")[0]
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="imagenet256", help="the set of defaults")
     add("--data", required="data" not in defaults, help="folder of images, with a folder for each class; or `shapes`")
     add("--out", help="folder for everything written (default runs/<preset>/dit)")
     add("--encoder", help=f"{', '.join(encoders.ENCODERS)}, or a timm ViT by its name")
     add("--encoder-weights", metavar="PATH", help="local file instead of timm's download")
-    add("--decoder", metavar="PATH", help="draw previews with it (default runs/<preset>/decoder/decoder.pt, if there)")
-    add("--stats", metavar="PATH", help="latent statistics; measured on the data where not given")
+    add("--decoder", metavar="PATH",
+        help="for previews and online FID (default runs/<preset>/decoder/decoder.pt, if there)")  # fmt: skip
+    add("--stats", metavar="PATH", help="latent statistics, ours or published; measured on the data where not given")
     add("--stats-images", type=int, help="images that the statistics are measured on")
-    add("--init", metavar="PATH", help="start from these weights, ours or published, with a new class table if needed")
+    add("--init", metavar="PATH", help="start from these weights, ours or published (those with their --stats); the "
+        "class table is new where the number of classes differs")  # fmt: skip
     add("--size", type=int, help="image size in pixels")
     add("--model", choices=dit.SIZES, help="size of the diffusion model")
     add("--qk-norm", action="store_true", help="RMSNorm on queries and keys; advised with bf16 (the paper: without)")
@@ -103,6 +109,10 @@ def parse_args(argv):
     add("--preview-every", type=float, metavar="EPOCHS", help="interval of preview pictures; 0: none")
     add("--save-every", type=float, metavar="EPOCHS", help="interval of dit.pt and last.pt")
     add("--keep-every", type=float, default=0.0, metavar="EPOCHS", help="interval of dit-<epoch>.pt; 0: none")
+    add("--fid-every", type=float, default=0.0, metavar="EPOCHS", help="interval of online FID, unguided; 0: none")
+    add("--fid-reference", metavar="NPZ", help="its reference: ADM's VIRTUAL_*.npz, or of fid.py --save-stats")
+    add("--fid-num", type=int, default=10000, help="its number of images; published numbers are of 50,000")
+    add("--inception-weights", metavar="PATH", help="local file for it, instead of the download")
     add("--log-every", type=int, metavar="STEPS", help="interval of the log")
     add("--seed", type=int, default=0)
     add("--workers", type=int, help="loader processes for each GPU (default: by cores, at most 12; 0 for `shapes`)")
@@ -110,18 +120,24 @@ def parse_args(argv):
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"runs/{args.preset}/dit")
-    if not args.decoder and os.path.exists(default := f"runs/{args.preset}/decoder/decoder.pt"):
-        args.decoder = default
-    for name in ("epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "stats_images", "shift_base"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    for name in ("warmup", "clip", "lr_end", "preview_every", "keep_every", "seed"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    above = ("size", "epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "stats_images", "shift_base")
+    least = ("warmup", "clip", "lr_end", "preview_every", "keep_every", "fid_every", "seed", "workers")
+    for name, value in vars(args).items():
+        if name in above and not 0 < value < math.inf or name in least and not 0 <= (value or 0) < math.inf:
+            bound = "above 0" if name in above else "of at least 0"
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a number {bound}")
     if not 0 <= args.ema < 1 or not 0 <= args.label_dropout < 1:
         parser.error(f"--ema {args.ema}, --label-dropout {args.label_dropout}: must be at least 0 and below 1")
-    if args.decay_end < args.decay_start:
-        parser.error(f"--decay-end {args.decay_end}: must not be before --decay-start {args.decay_start}")
+    if not 0 <= args.decay_start <= args.decay_end:
+        parser.error(f"--decay-start {args.decay_start} --decay-end {args.decay_end}: give 0 <= START <= END")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here, use --device cpu")
+    default = f"runs/{args.preset}/decoder/decoder.pt"
+    args.decoder = args.decoder or (default if os.path.exists(default) else None)
+    if bool(args.fid_every) != bool(args.fid_reference):
+        parser.error("--fid-every EPOCHS and --fid-reference NPZ need each other")
+    if args.fid_every and (not args.decoder or args.fid_num < 2):
+        parser.error(f"--fid-every: needs a --decoder (there is no {default}) and a --fid-num of at least 2")
     return parser, args
 
 
@@ -134,17 +150,20 @@ def lr_at(epoch, args):
     return warm * (args.lr + done * (args.lr_end - args.lr))
 
 
-def save(content, path):
-    """Write a checkpoint beside its place, then move it there: what is at `path` is always whole."""
-    temporary = f"{path}.tmp"
+def save(files):
+    """Write checkpoints {path: content} beside their places, then move them there: what is at a path is always whole,
+    and the files of one save belong together."""
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in files.items():
+            with open(f"{path}.tmp", "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        Path(temporary).unlink(missing_ok=True)
+        for path in files:
+            Path(f"{path}.tmp").unlink(missing_ok=True)
         sys.exit(f"cannot write {path} ({error}); what was there before is untouched: make room, run again to resume")
 
 
@@ -173,7 +192,7 @@ def read_last(folder, recorded):
         return None
     try:
         last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        theirs = last["args"]
+        theirs = {"train_dit": last["args"]}[last["kind"]]
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of this script ({type(error).__name__}): move it away") from None
     differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
@@ -183,13 +202,15 @@ def read_last(folder, recorded):
     return last
 
 
-def start_from(path, model):
+def start_from(path, model, encoder):
     """Copy the weights of --init into the model; a class table of another size stays new."""
-    trained, _ = dit.load_dit(path)
+    trained, info = dit.load_dit(path)
+    if info and info["encoder"]["name"] != encoder:  # published files don't say
+        raise ValueError(f"--init {path} draws latents of {info['encoder']['name']}: choose --encoder to match")
     differ = [key for key in model.config if key != "num_classes" and model.config[key] != trained.config[key]]
     if differ:
         wanted = ", ".join(f"{key} {trained.config[key]} instead of {model.config[key]}" for key in differ)
-        raise ValueError(f"--init {path} is another model: {wanted}; choose --model, --encoder and --size to match")
+        raise ValueError(f"--init {path} is another model: {wanted}; choose --model, --size, ... to match")
     state = trained.state_dict()
     if trained.num_classes != model.num_classes:
         del state["y_embedder.embedding_table.weight"]
@@ -197,129 +218,143 @@ def start_from(path, model):
 
 
 def draw_samples(model, decoder, stats, shift, seed, indices, labels, steps=50):
-    """Images (n, H, W, 3) uint8 on the CPU, unguided; starting noise i is a function of (seed, i)."""
+    """Images (n, H, W, 3) uint8, unguided; starting noise i is a function of (seed, i)."""
     shape, device = stats["mean"].shape, stats["mean"].device
     noise = dit.sample_noise(seed, indices, shape).to(device)
-    labels = torch.as_tensor(labels, device=device)
-    return decoders.to_uint8(
-        decoder(dit.denormalize(dit.sample(dit.guided(model, labels), noise, steps, shift), stats))
-    ).cpu()
+    x = dit.sample(dit.guided(model, torch.tensor(labels, device=device)), noise, steps, shift)
+    return decoders.to_uint8(decoder(dit.denormalize(x, stats)))
 
 
 class Log:
-    """Averages since the last row over steps and ranks: one line on the terminal and one row in log.csv."""
+    """One line on the terminal and one row in log.csv for each interval.
+
+    loss, also by bins of t, and grad_norm (before clipping) are means over the interval's steps and over the ranks;
+    what is not finite is left out of them. skipped and replaced count from the start of training.
+    """
 
     def __init__(self, path, start, device, main_rank):
         self.device, self.main_rank = device, main_rank
+        self.bins = [f"loss_t{i / T_BINS:.1f}" for i in range(T_BINS)]
         if main_rank:
             rows = list(csv.DictReader(open(path))) if start and path.exists() else []
             rows = [row for row in rows if int(row["step"]) <= start]  # steps after the checkpoint are done again
-            self.file = open(path, "w", newline="")
-            fields = ["step", "epoch", "loss", *(f"loss_t{i / T_BINS:.1f}" for i in range(T_BINS)), "lr", "grad_norm",
-                      "images_per_s", "memory_gb", "skipped", "replaced"]  # fmt: skip
+            fields = ["step", "epoch", "loss", *self.bins, "lr", "grad_norm", "images_per_s", "memory_gb", "skipped",
+                      "replaced", "fid"]  # fmt: skip
+            self.file = open(f"{path}.tmp", "w", newline="")
             self.csv = csv.DictWriter(self.file, fields)
             self.csv.writeheader()
             self.csv.writerows(rows)
             self.file.flush()
+            os.replace(f"{path}.tmp", path)
         self.reset(start)
 
     def reset(self, step):
         self.sums = torch.zeros(2, T_BINS, device=self.device)  # of losses and of images, for each bin of t
-        self.step, self.time = step, time.perf_counter()
+        self.norms, self.step, self.time = [], step, time.perf_counter()
 
     def add(self, losses, t):
-        bins = (t * T_BINS).long().clamp(max=T_BINS - 1)
-        self.sums.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))
+        bins, finite = (t * T_BINS).long().clamp(max=T_BINS - 1), losses.isfinite()
+        self.sums.index_add_(1, bins, torch.stack([losses.where(finite, 0), finite.type_as(losses)]))
 
-    def write(self, bar, step, epoch, lr, norm, batch, skipped, replaced, total):
-        counts = torch.tensor([float(replaced)], device=self.device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.sums)
-            torch.distributed.all_reduce(counts)
+    def interval(self, step, batch):
+        """The numbers since the last row, and the seconds that a step took."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
         losses, images = self.sums.tolist()
-        loss = sum(losses) / sum(images)
+        by_t = {name: f"{a / n:.5f}" for name, a, n in zip(self.bins, losses, images, strict=True) if n}
+        loss, norm = sum(losses) / (sum(images) or math.nan), sum(self.norms) / (len(self.norms) or math.nan)
         seconds = (time.perf_counter() - self.time) / (step - self.step)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if self.main_rank:
-            by_t = {
-                f"loss_t{i / T_BINS:.1f}": f"{losses[i] / images[i]:.5f}" if images[i] else "" for i in range(T_BINS)
-            }
-            row = dict(step=step, epoch=f"{epoch:.4f}", loss=f"{loss:.6f}", **by_t, lr=f"{lr:.3e}",
-                       grad_norm=f"{norm:.4f}", images_per_s=f"{batch / seconds:.1f}", memory_gb=f"{memory:.2f}",
-                       skipped=skipped, replaced=int(counts))  # fmt: skip
-            self.csv.writerow(row)
-            self.file.flush()
-            left = int((total - step) * seconds)
-            bar.write(
-                f"step {step}/{total} epoch {epoch:.2f} loss {loss:.4f} lr {lr:.2e} norm {norm:.3f} "
-                f"{batch / seconds:.0f} images/s {memory:.1f} GB {datetime.timedelta(seconds=left)} left"
-                + (f", {skipped} steps skipped" if skipped else "")
-                + (f", {int(counts)} images replaced" if counts else "")
-            )
         self.reset(step)
+        return dict(loss=f"{loss:.6f}", **by_t, grad_norm=f"{norm:.4f}", images_per_s=f"{batch / seconds:.1f}",
+                    memory_gb=f"{memory:.2f}"), seconds  # fmt: skip
+
+    def write(self, bar, row, **more):
+        if self.main_rank:
+            bar.write(" ".join(f"{key} {value}" for key, value in (row | more).items() if key not in self.bins))
+            self.csv.writerow(row)
+            sys.stdout.flush()
+            self.file.flush()
 
 
-def main(argv=None):
-    parser, args = parse_args(argv)
+def train(parser, args):
+    """The whole run. Returns why it had to stop, or None; the same on every rank."""
     recorded = {key: value for key, value in vars(args).items() if key not in FREE}
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = init_distributed_device(args)
     main_rank = args.rank == 0
-    say = print if main_rank else (lambda _: None)
+    say = functools.partial(print, flush=True) if main_rank else (lambda _: None)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
         torch.backends.cudnn.allow_tf32 = args.precision != "float32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
+    def over_ranks(*values):
+        """Sums over the ranks, read by the host: on these, all ranks agree."""
+        sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+        if args.distributed:
+            dist.all_reduce(sums)
+        return sums.tolist()
+
     # What the run is made of. Bad input ends here, in one line, before any long work.
     try:
         local_batch, rest = divmod(args.batch, args.world_size)
-        if rest:
+        if rest or not local_batch:
             raise ValueError(f"--batch {args.batch} does not divide over {args.world_size} processes")
-        micro_batch = max(size for size in range(1, args.micro_batch + 1) if local_batch % size == 0)
+        accumulate = -(-local_batch // args.micro_batch)
+        micro_batch = -(-local_batch // accumulate)  # the last one may be smaller
         source = encoders.image_source(args.data, args.size)
+        num_classes = 0 if args.unconditional else len(source.classes)
+        recorded |= dict(images=len(source), classes=num_classes)
+        last = read_last(args.out, recorded)
+        start = last["step"] if last else 0
+        if over_ranks(start) != [start * args.world_size]:
+            raise ValueError(f"{args.out}/last.pt is not the same for all processes: --out must be on a shared disk")
+        steps_per_epoch = len(source) / args.batch
+        total = max(1, round(args.epochs * steps_per_epoch))
+        if start >= total:
+            say(f"finished: {args.out}/dit.pt has its {start / steps_per_epoch:g} epochs; a larger --epochs goes on")
+            return
         encoder = encoders.Encoder(args.encoder, args.size, args.encoder_weights).to(device)
         shape = (encoder.latent_dim, encoder.grid, encoder.grid)
         shift = dit.shift_for(shape, args.shift_base)
+        stats = last["stats"] if last else encoders.load_stats(args.stats, shape) if args.stats else None
         torch.manual_seed(args.seed)
-        num_classes = 0 if args.unconditional else len(source.classes)
         model = dit.DiT(encoder.latent_dim, encoder.grid, num_classes, **dit.SIZES[args.model], qk_norm=args.qk_norm,
                         allow_narrow=args.allow_narrow)  # fmt: skip
-        if args.init:
-            start_from(args.init, model)
+        if args.init and not last:
+            start_from(args.init, model, args.encoder)
         decoder = None
-        if args.decoder:
-            decoder, _ = decoders.load_decoder(args.decoder, encoders.ENCODERS.get(args.encoder, {}).get("pixels"))
-            if (decoder.config["latent_dim"], decoder.config["grid"]) != shape[:2]:
-                raise ValueError(f"{args.decoder} decodes other latents than those of {args.encoder} at {args.size} px")
+        if args.decoder and (args.preview_every or args.fid_every):
+            decoder, info = decoders.load_decoder(args.decoder, {key: encoder.record[key] for key in ("mean", "std")})
+            found = info["encoder"]["name"] if info else args.encoder
+            if (found, decoder.config["latent_dim"], decoder.config["grid"]) != (args.encoder, *shape[:2]):
+                raise ValueError(f"--decoder {args.decoder} decodes other latents than those of {args.encoder} at "
+                                 f"{args.size} px; to train without it: --preview-every 0")  # fmt: skip
             decoder.to(device)
-        recorded |= dict(images=len(source), classes=num_classes)
-        last = read_last(args.out, recorded)
-        stats = None
-        if last or args.stats or (args.out / "stat.pt").exists():
-            stats = last["stats"] if last else encoders.load_stats(args.stats or args.out / "stat.pt", shape)
+        if args.fid_every:
+            side = argparse.Namespace(features="inception", size=args.size)
+            reference = fid.Side("--fid-reference", args.fid_reference, side).statistics
+            if "mu" not in reference or reference["mu"].shape != (2048,):
+                raise ValueError(f"--fid-reference {args.fid_reference} holds no statistics of Inception: make some by "
+                                 "fid.py FOLDER --save-stats")  # fmt: skip
+            inception = fid.load_inception(args.inception_weights, device)
+        args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
+        if args.distributed:
+            dist.destroy_process_group()
         parser.error(str(error))
-    steps_per_epoch = len(source) / args.batch
-    total = max(1, round(args.epochs * steps_per_epoch))
-    start = last["step"] if last else 0
-    if start >= total:
-        print(f"finished: {args.out}/dit.pt has its {start / steps_per_epoch:g} epochs; --epochs goes on")
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
 
     # The loader, and the latent statistics: the same transform for both.
-    workers = args.workers
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = 0 if args.data == "shapes" else max(1, min(12, cores - 1))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = 0 if args.data == "shapes" else max(1, min(12, cores - 1))
+    workers = workers if args.workers is None else args.workers
     images = encoders.Images(source, lambda image, rng: encoders.center_crop_flip(image, args.size, rng))
-    if args.compile or args.compile is None and device.type == "cuda":
-        for block in [*encoder.vit.blocks, *model.blocks]:  # block by block: quick to compile, overlaps with DDP
-            block.compile()
+    compiled = args.compile or args.compile is None and device.type == "cuda"
+    for block in encoder.vit.blocks if compiled else []:
+        block.compile()
     if stats is None:
         say(f"measuring the latent statistics on {min(args.stats_images, len(source))} images")
         order = np.random.default_rng(args.seed).permutation(len(source))[: args.stats_images]
@@ -337,7 +372,7 @@ def main(argv=None):
     # Model, moving average, optimiser.
     model = model.to(device).train()
     model.checkpointing = args.checkpointing
-    ema = ModelEmaV3(model, decay=args.ema, exclude_buffers=True).requires_grad_(False)
+    ema = ModelEmaV3(model, decay=args.ema, exclude_buffers=True).requires_grad_(False)  # not compiled, in eval mode
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     skipped = replaced = 0
     if last:
@@ -346,35 +381,51 @@ def main(argv=None):
         optimizer.load_state_dict(last["optimizer"])
         skipped, replaced = last["skipped"], last["replaced"]
         del last
+    for block in model.blocks if compiled else []:  # block by block: quick to compile, overlaps with DDP
+        block.compile()
     wrapped = model
     if args.distributed:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    accumulate = local_batch // micro_batch
     say(
         f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {len(source)} images, "
         f"{num_classes} classes; time shift {shift:.2f}; batch {args.batch} = {args.world_size} processes x "
         f"{accumulate} x {micro_batch}; steps {start} to {total}"
     )
 
+    def due(step, epochs):
+        """Which interval of so many epochs ends with this step: 1, 2, ...; 0: none does."""
+        count = round(step / (epochs * steps_per_epoch)) if epochs else 0
+        return count if step == round(count * epochs * steps_per_epoch) else 0
+
     def checkpoint(step):
-        """Everything that is needed later: dit.pt to sample from, last.pt to go on."""
-        epoch = step / steps_per_epoch
+        """last.pt, to go on, and dit.pt, to sample from."""
         result = dict(kind="dit", config=model.config, model=ema.module.state_dict(), stats=stats, shift=shift,
-                      encoder=encoder.record, label_dropout=args.label_dropout, epoch=epoch)  # fmt: skip
+                      encoder=encoder.record, label_dropout=args.label_dropout,
+                      epoch=step / steps_per_epoch)  # fmt: skip
+        last = dict(kind="train_dit", args=recorded, step=step, model=model.state_dict(), stats=stats,
+                    ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
+                    replaced=replaced)  # fmt: skip
+        files = {args.out / "stat.pt": stats, args.out / "last.pt": last, args.out / "dit.pt": result}
+        if kept := due(step, args.keep_every):
+            files[args.out / f"dit-{kept * args.keep_every:g}.pt"] = result
         if main_rank:
-            save(stats, args.out / "stat.pt")
-            if keep and step % keep == 0:
-                save(result, args.out / f"dit-{epoch:g}.pt")
-            save(result, args.out / "dit.pt")
-            save(dict(kind="train_dit", args=recorded, step=step, model=model.state_dict(), stats=stats,
-                      ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
-                      replaced=replaced), args.out / "last.pt")  # fmt: skip
+            save(files)
 
-    def every(epochs):
-        return max(1, round(epochs * steps_per_epoch)) if epochs else 0
+    def online_fid():
+        """FID of the EMA weights, unguided, class-balanced; all ranks draw. None if one of them was told to stop."""
+        statistics = fid.FeatureStatistics(2048, device)
+        share = range(args.rank, args.fid_num, args.world_size)
+        for i in tqdm(range(0, -(-args.fid_num // args.world_size), micro_batch), "FID", disable=not main_rank):
+            if over_ranks(bool(stopping)) != [0]:
+                return None
+            if indices := share[i : i + micro_batch]:
+                labels = [i % max(num_classes, 1) for i in indices]
+                drawn = draw_samples(ema.module, decoder, stats, shift, args.seed, indices, labels)  # (B, H, W, 3)
+                statistics.update(inception(drawn.permute(0, 3, 1, 2))[0])
+        statistics.all_reduce()
+        return fid.frechet_distance(statistics.mean, statistics.cov, reference["mu"], reference["sigma"])
 
-    save_every, keep, preview = every(args.save_every), every(args.keep_every), every(args.preview_every)
     stopping = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopping.append(number))
@@ -382,12 +433,14 @@ def main(argv=None):
     log = Log(args.out / "log.csv", start, device, main_rank)
     bar = tqdm(total=total, initial=start, unit="step", disable=not main_rank, dynamic_ncols=True)
     bad_in_a_row = 0
-    for step in range(start, total):
+    for done in range(start + 1, total + 1):
+        lr = lr_at((done - 1) / steps_per_epoch, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step / steps_per_epoch, args)
+            group["lr"] = lr
+        broken = 0
         for micro in range(accumulate):
-            pixels, labels, keys, broken = next(loader)  # (B, 3, S, S) uint8, (B,), (B,), (B,)
-            replaced += int(broken.sum())
+            pixels, labels, keys, unreadable = next(loader)  # (B, 3, S, S) uint8, (B,), (B,), (B,)
+            broken += unreadable.sum()
             pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             t, noise, drop = draw(keys, shape, args, generator)
             t = dit.time_shift(t, shift)
@@ -397,46 +450,66 @@ def main(argv=None):
                 with autocast:
                     x = dit.normalize(encoder(pixels.float() / 255), stats)  # (B, C, H, W)
                     losses = dit.flow_matching_loss(wrapped, x, labels, t, noise)  # (B,)
-                (losses.mean() / accumulate).backward()
+                (losses.sum() / local_batch).backward()
             log.add(losses.detach(), t)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)  # of all ranks' gradient
 
-        # One wait for the GPU in each step: is the gradient finite, and has any rank been told to stop?
-        status = torch.stack([norm.float(), torch.tensor(float(bool(stopping)), device=device)])
-        if args.distributed:
-            torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX)
-        norm, stop = status.tolist()
-        bad_in_a_row = 0 if math.isfinite(norm) else bad_in_a_row + 1
-        if bad_in_a_row:
-            skipped += 1  # the weights and their average never see this step
-        else:
+        # One wait for the GPU in each step. A step whose gradient is not finite never reaches weights or average.
+        norm, broken, stop = over_ranks(norm / args.world_size, broken, bool(stopping))
+        replaced += int(broken)
+        if math.isfinite(norm):
             optimizer.step()
             ema.update(model)
+            log.norms.append(norm)
+            bad_in_a_row = 0
+        else:
+            skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
         optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
         bar.update()
-        if done % args.log_every == 0 or done == total:
-            lr = optimizer.param_groups[0]["lr"]
-            log.write(bar, done, done / steps_per_epoch, lr, norm, args.batch, skipped, replaced, total)
-        if preview and decoder and main_rank and (done % preview == 0 or done == total):
-            labels = [i * num_classes // 16 for i in range(16)]
-            with autocast:
-                pictures = draw_samples(ema.module, decoder, stats, shift, args.seed, range(16), labels)
-            decoders.image_grid(pictures, 8).save(args.out / f"preview-{done / steps_per_epoch:.2f}.png")
-        if done % save_every == 0 or keep and done % keep == 0 or done == total or stop:
+        now = dict(step=done, epoch=f"{done / steps_per_epoch:.4f}")
+        end = done == total or stop or bad_in_a_row == 20
+        if done % args.log_every == 0 or end:
+            row, seconds = log.interval(done, args.batch)
+            row |= dict(lr=f"{lr:.4e}", skipped=skipped, replaced=replaced)
+            log.write(bar, now | row, left=datetime.timedelta(seconds=int((total - done) * seconds)))
+        if due(done, args.save_every) or due(done, args.keep_every) or end:
             checkpoint(done)
         if bad_in_a_row == 20:
-            sys.exit(
-                f"stopped at step {done}: the gradient was not finite 20 times in a row; {args.out}/last.pt is intact. "
-                "Try --precision tf32, --qk-norm or a smaller --lr"
-            )
+            return (f"stopped at step {done}: the gradient was not finite 20 times in a row; {args.out}/last.pt holds "
+                    "the weights from before. Try --precision tf32, --qk-norm or a smaller --lr")  # fmt: skip
         if stop:
             say(f"stopped and saved at step {done}; the same command resumes")
-            break
+            return
+        began = time.perf_counter()
+        if decoder and main_rank and args.preview_every and (due(done, args.preview_every) or done == total):
+            labels = [i * num_classes // 16 for i in range(16)]
+            pictures = draw_samples(ema.module, decoder, stats, shift, args.seed, range(16), labels)
+            decoders.image_grid(pictures.cpu(), 8).save(args.out / f"preview-{done / steps_per_epoch:.2f}.png")
+        if args.fid_every and (due(done, args.fid_every) or done == total):
+            if (score := online_fid()) is not None:
+                log.write(bar, now | dict(fid=f"{score:.4f}"))
+        log.time += time.perf_counter() - began  # the log's speed is that of training
     bar.close()
-    if args.distributed:
-        torch.distributed.destroy_process_group()
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        problem = train(parser, args)
+    except (RuntimeError, ValueError) as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1]
+        sys.exit(f"the loader failed: {cause} The same command resumes; where memory is short, use fewer --workers")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if args.distributed:  # here all ranks agree; one that failed alone must not wait for the others
+        dist.destroy_process_group()
+    if problem:
+        sys.exit(problem if args.rank == 0 else 1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub fails at once instead of waiting
-torch.set_num_threads(min(2, os.cpu_count()))
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other would cost more
 
 
 def golden(kind):
@@ -43,3 +43,33 @@ def assert_close(ours, recorded, tolerance=1e-5):
     """Largest error below `tolerance` of the largest recorded value."""
     error = ((ours - recorded).abs().max() / recorded.abs().max()).item()
     assert error < tolerance, f"differs by {error:.1e} of the maximum"
+
+
+def published_decoder(model):
+    """The state dict of a Decoder in the key names of the published files: the inverse of decoder.from_published."""
+    state = {"trainable_cls_token": model.cls, "decoder_pos_embed": model.positions}
+    names = {"norm1": "layernorm_before", "norm2": "layernorm_after", "proj": "attention.output.dense",
+             "fc1": "intermediate.dense", "fc2": "output.dense"}  # fmt: skip
+    for kind in ("weight", "bias"):
+        for theirs, module in {"embed": model.embed, "norm": model.norm, "pred": model.to_pixels}.items():
+            state[f"decoder_{theirs}.{kind}"] = getattr(module, kind)
+        for i, block in enumerate(model.blocks):
+            for part, value in zip(("query", "key", "value"), getattr(block.qkv, kind).chunk(3), strict=True):
+                state[f"decoder_layers.{i}.attention.attention.{part}.{kind}"] = value
+            for name, theirs in names.items():
+                state[f"decoder_layers.{i}.{theirs}.{kind}"] = getattr(getattr(block, name), kind)
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def published_dit(model):
+    """The state dict of a DiT as the published files have it, with the tables that they keep."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    return state | {"pos_embed": model.pos_embed.clone(), "feat_rope.freqs_cos": model.rope[0].clone()}
+
+
+def randomize(model, seed=0, std=0.1):
+    """Random values in every parameter, so that none that starts at zero hides a mistake; eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=std, generator=generator)
+    return model.eval().requires_grad_(False)

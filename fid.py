@@ -213,8 +213,9 @@ class DINOv2(nn.Module):
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     @torch.no_grad()
     def forward(self, images):
-        x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
-        x = x.round().clamp(0, 255)  # 8 bits, as the original's resize gives
+        x = images.float()
+        for size in ((x.shape[2], 224), (224, 224)):  # width, then height, each to 8 bits, as Pillow resizes
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
         return self.vit.forward_features((x - self.mean) / self.std)[:, 0]
 
 
@@ -575,7 +576,8 @@ def run(args):
             shapes = [side.statistics[key].shape for key in keys if key in side.statistics]
             if shapes and shapes != [(dim,), (dim, dim)]:
                 raise ValueError(f"{keys} of {side.name} {side.path} are {shapes}: {args.features} has D = {dim}")
-        if side.count and side.count < dims[0] and args.rank == 0:
+        counted = side.count and not (side.images and side.statistics)  # those statistics may be of more images
+        if counted and side.count < dims[0] and args.rank == 0:
             text = f"{side.count} images in {side.name}, fewer than the {dims[0]} feature dimensions"
             print(f"warning: {text}: the Frechet distance is biased", file=sys.stderr)
 
@@ -631,6 +633,7 @@ def run(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     add = parser.add_argument
     add("reference", metavar="REFERENCE", help="folder of images or npz of images and/or statistics")
     add("samples", metavar="SAMPLES", nargs="?", help="likewise; may be left out with --save-stats")

@@ -226,6 +226,8 @@ def main(argv=None):
             if (encoder.latent_dim, encoder.grid) != (decoder.config["latent_dim"], decoder.config["grid"]):
                 raise ValueError(f"{args.decoder} does not decode {encoder.latent_dim}-wide tokens on a grid of "
                                  f"{encoder.grid} x {encoder.grid}, those of {record['name']}")  # fmt: skip
+            if os.path.isfile(args.reconstruct) and args.out.suffix.lower() != ".png":
+                raise ValueError(f"--out {args.out}: a photo and its reconstruction go to a .png")
             if os.path.isfile(args.reconstruct):
                 return reconstruct_photo(args, encoder.to(device), decoder.to(device), device)
             source = encoders.image_source(args.reconstruct, decoder.image_size)
@@ -268,6 +270,7 @@ def main(argv=None):
                 try:
                     pixels, *_ = next(loader)  # (B, 3, S, S) uint8
                 except ValueError as error:  # an unreadable image; a loader process puts its traceback in front
+                    bar.close()
                     parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
                 z = encoder(pixels.to(device, non_blocking=True).float() / 255)
             else:

@@ -203,7 +203,7 @@ def adaptive_weight(g_rec, g_gan):
     """
     squares = torch.stack([g_rec.float().square().sum(), g_gan.float().square().sum()]).detach()
     world_size = 1
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.all_reduce(squares)
         world_size = dist.get_world_size()
     rec, gan = squares.sqrt() / world_size  # the mean over ranks scales each rank's gradients by 1 / world_size

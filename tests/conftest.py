@@ -68,8 +68,8 @@ def published_dit(model):
 
 
 def randomize(model, seed=0, std=0.1):
-    """Random values in every parameter, so that none that starts at zero hides a mistake; eval mode."""
+    """Random values in every parameter (norms about 1), so that none that starts at zero hides a mistake; eval mode."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=std, generator=generator)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(std=std, generator=generator).add_("norm" in name and name.endswith("weight"))
     return model.eval().requires_grad_(False)

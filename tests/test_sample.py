@@ -1,5 +1,6 @@
 """sample.py through its command line: published and our own files, outputs, guidance, wrong combinations."""
 
+import contextlib
 import os
 import socket
 
@@ -20,14 +21,18 @@ RECORD = dict(name="random-tiny", image_size=32, mean=[0.5] * 3, std=[0.5] * 3)
 
 
 def diffusion_model(seed=0, num_classes=6, **other):
-    """Small velocities, so that differences show in pixels that are not clamped."""
-    return randomize(dits.DiT(**(LATENT | TRUNK | dict(num_classes=num_classes, depth=1) | other)), seed, std=0.05)
+    torch.manual_seed(seed)  # the frequencies of the time are drawn, and saved
+    model = randomize(dits.DiT(**(LATENT | TRUNK | dict(num_classes=num_classes, depth=1) | other)), seed, std=0.05)
+    model.y_embedder.embedding_table.weight.mul_(20)  # so that the class shows
+    return model
 
 
 def small_decoder(seed=3, **other):
-    return randomize(
-        decoders.Decoder(**(LATENT | dict(patch=2, width=128, depth=1, heads=4, mlp=64) | other)), seed, 0.03
+    model = randomize(
+        decoders.Decoder(**(LATENT | dict(patch=2, width=128, depth=1, heads=4, mlp=64) | other)), seed, 0.05
     )
+    model.embed.weight.mul_(10)  # so that the latents show
+    return model
 
 
 def ours(path, kind, model, name="random-tiny", **other):
@@ -42,13 +47,13 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     generator = torch.Generator().manual_seed(0)
     stats = {"mean": torch.randn(8, 4, 4, generator=generator), "var": torch.rand(8, 4, 4, generator=generator) + 0.5}
-    rest = dict(stats=stats, shift=1.5, label_dropout=0.1, epoch=1.0)
+    rest = dict(stats=stats, shift=20.0, label_dropout=0.1, epoch=1.0)
     torch.save(published_dit(diffusion_model()), folder / "stage2.pt")
     torch.save({"ema": published_dit(diffusion_model(seed=1))}, folder / "guide.pt")
     torch.save(published_decoder(small_decoder()), folder / "model.pt")
     torch.save({"mean": None, "var": stats["var"]}, folder / "stat.pt")
     ours(folder / "dit.pt", "dit", diffusion_model(), **rest)
-    ours(folder / "decoder.pt", "decoder", small_decoder(), epoch=1.0)
+    ours(folder / "decoder.pt", "decoder", small_decoder(mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3)), epoch=1.0)
     # what does not fit
     torch.save(published_dit(diffusion_model(num_classes=4)), folder / "guide4.pt")
     torch.save(published_dit(diffusion_model(grid=2)), folder / "guide_grid.pt")
@@ -131,7 +136,7 @@ def same(a, b):
     (["--unconditional"], dict(labels=[6] * 4)),
 ])  # fmt: skip
 def test_published_files_draw_what_the_models_give(tmp_path, arguments, settings):
-    """`python sample.py --dit stage2_model.pt --decoder model.pt --stats stat.pt --classes ...`, against the formulas."""
+    """`sample.py --dit stage2_model.pt --decoder model.pt --stats stat.pt --classes ...`, against the formulas."""
     drawn = images(tmp_path / "x.npz", *PUBLISHED, "--classes", 4, 0, "--per-class", 2, *arguments)
     settings = dict(labels=[4, 4, 0, 0]) | settings
     if "guide" in settings:
@@ -157,41 +162,44 @@ def test_our_files_know_their_statistics_shift_and_pixels(tmp_path):
     ours = images(tmp_path / "ours.npz", *OURS, "--classes", 1, 2, "--per-class", 1)
     stats = torch.load("dit.pt")["stats"]
     torch.save(stats, tmp_path / "stat.pt")
-    model, decoder = diffusion_model(), small_decoder(mean=(0.5,) * 3, std=(0.5,) * 3)
     noise = dits.sample_noise(0, range(2), (8, 4, 4))
-    x = dits.sample(dits.guided(model, torch.tensor([1, 2])), noise, 4, shift=1.5)
-    assert (
-        same(ours, (decoder(dits.denormalize(x, stats)).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()) is False
-    )
-    decoder.mean.fill_(0.485)  # small_decoder() of the files has ImageNet's pixels in its own configuration
-    expected = decoders.to_uint8(small_decoder()(dits.denormalize(x, stats))).numpy()
-    assert same(ours, expected)
-    bare = images(tmp_path / "bare.npz", "--dit", "stage2.pt", "--decoder", "decoder.pt", "--stats", tmp_path / "stat.pt",
-                  "--encoder", "random-tiny", "--classes", 1, 2, "--per-class", 1)  # fmt: skip
-    assert not same(bare, ours), "a published model has the shift of its latents, here 1, ours the recorded 1.5"
+    x = dits.sample(dits.guided(diffusion_model(), torch.tensor([1, 2])), noise, 4, shift=20.0)
+    decoder = small_decoder(mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3))
+    assert same(ours, decoders.to_uint8(decoder(dits.denormalize(x, stats))).numpy())
+    bare = images(tmp_path / "bare.npz", "--dit", "stage2.pt", "--decoder", "decoder.pt", "--encoder", "random-tiny",
+                  "--stats", tmp_path / "stat.pt", "--classes", 1, 2, "--per-class", 1)  # fmt: skip
+    assert not same(bare, ours), "a published model has the shift of its latents, here 1, ours the recorded one"
 
 
 def test_labels_in_turn_and_unconditional_models(tmp_path):
     assert same(images(tmp_path / "num.npz", *PUBLISHED, "--num", 8), by_hand([0, 1, 2, 3, 4, 5, 0, 1]))
     drawn = images(tmp_path / "u.npz", "--dit", "unconditional.pt", "--decoder", "decoder.pt", "--num", 3)
     model, stats = diffusion_model(num_classes=0), torch.load("dit.pt")["stats"]
-    x = dits.sample(
-        dits.guided(model, torch.zeros(3, dtype=torch.long)), dits.sample_noise(0, range(3), (8, 4, 4)), 4, 1.5
-    )
-    assert same(drawn, decoders.to_uint8(small_decoder()(dits.denormalize(x, stats))).numpy())
+    noise, y = dits.sample_noise(0, range(3), (8, 4, 4)), torch.zeros(3, dtype=torch.long)
+    x = dits.sample(dits.guided(model, y), noise, 4, shift=20.0)
+    decoder = small_decoder(mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3))
+    assert same(drawn, decoders.to_uint8(decoder(dits.denormalize(x, stats))).numpy())
 
 
-def on_rank(rank, port, folder):
+def on_rank(rank, ports, folder):
     os.chdir(folder)
     torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))  # fmt: skip
-    torch.distributed.destroy_process_group, destroy = lambda: None, torch.distributed.destroy_process_group
-    arguments = [*PUBLISHED, "--num", "7", *QUICK]
-    sample.main([*arguments, "--batch", "2", "--out", "two.npz"])
-    for seed in ("1", "0"):  # the second replaces the first, and asks for all images again on every rank
-        sample.main([*arguments, "--seed", seed, "--overwrite", "--out", "two_folder"])
-    destroy()
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    for port, arguments in zip(ports, (
+        ["--batch", "2", "--out", "two.npz"],
+        ["--seed", "1", "--out", "two"],
+        ["--overwrite", "--out", "two"],  # replaces the last one: every rank has to draw its share again
+    ), strict=True):  # fmt: skip
+        os.environ["MASTER_PORT"] = str(port)
+        sample.main([*PUBLISHED, "--num", "7", *QUICK, *arguments])
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
 
 
 def test_sample_i_is_the_same_for_any_batch_and_process_count(files, tmp_path):
@@ -200,13 +208,10 @@ def test_sample_i_is_the_same_for_any_batch_and_process_count(files, tmp_path):
     for batch in (1, 3):
         assert same(images(tmp_path / f"{batch}.npz", *PUBLISHED, "--num", 7, "--batch", batch), one)
     assert same(images(tmp_path / "few.npz", *PUBLISHED, "--num", 2), one[:2])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(on_rank, (port, str(files)), nprocs=2)
+    torch.multiprocessing.spawn(on_rank, (free_ports(3), str(files)), nprocs=2)
     with np.load("two.npz") as file:
         assert same(file["arr_0"], one)
-    folder = [np.asarray(Image.open(f"two_folder/{i:06}.png")) for i in range(7)]
+    folder = [np.asarray(Image.open(f"two/{i:06}.png")) for i in range(7)]
     assert same(np.stack(folder), one)
 
 
@@ -320,16 +325,8 @@ def test_reconstruct_a_folder(upsampling, tmp_path, workers, capsys):
     photos = [Image.effect_noise((90 + i, 70), 40 * i + 10).convert("RGB") for i in range(5)]
     for i, photo in enumerate(photos):
         photo.save(tmp_path / "in" / f"{i}.png")
-    arguments = [
-        "--decoder",
-        "upsampling.pt",
-        "--reconstruct",
-        str(tmp_path / "in"),
-        "--batch",
-        "2",
-        "--workers",
-        workers,
-    ]
+    photo_args = ["--reconstruct", str(tmp_path / "in"), "--workers", workers]
+    arguments = ["--decoder", "upsampling.pt", "--batch", "2", *photo_args]
     drawn = images(tmp_path / "recon.npz", *arguments)
     assert same(drawn, np.stack([reconstruct(upsampling, encoders.center_crop(photo, 64)) for photo in photos]))
     photos[0].save(tmp_path / "in" / "9.png")  # the folder has grown: not what was finished
@@ -340,12 +337,7 @@ def test_reconstruct_a_folder(upsampling, tmp_path, workers, capsys):
     with pytest.raises(SystemExit) as exit:
         images(tmp_path / "again.npz", *arguments)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        exit.value.code == 2
-        and "cannot read" in error
-        and "3.png" in error
-        and error.startswith(("sample", "pytest", "__main__"))
-    )
+    assert exit.value.code == 2 and "error: cannot read " in error and "3.png" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +384,8 @@ WRONG = [  # arguments, what the message says
     (["--reconstruct", "absent"], ["absent"]),
     (["--reconstruct", "text.pt"], ["text.pt"]),
     (["--reconstruct", "photo.png"], ["decoder.pt", "128-wide"]),
-    (["--reconstruct", "photo.png", "--decoder", "model.pt", "--encoder-weights", "absent"], ["absent", "--encoder-weights"]),
+    (["--reconstruct", "photo.png", "--decoder", "model.pt", "--encoder-weights", "absent"],
+     ["absent", "--encoder-weights"]),
     (["--reconstruct", "photo.png", "--decoder", "tiny256.pt", "--out", "recon.npz"], ["recon.npz"]),
     (["--preset", "demo2"], ["demo2"]),
 ]  # fmt: skip

@@ -74,8 +74,8 @@ def flags(**values):
 @pytest.fixture(scope="session")
 def settings(photos):
     """L1 alone: the demo's models at 16 pixels on the photos, five steps of four images, the first to warm up."""
-    return dict(preset="demo", data=photos, size=16, batch=4, micro_batch=4, epochs=2, warmup=0.4, lr=1e-3, workers=0,
-                device="cpu", log_every=1, preview_every=0, save_every=99)  # fmt: skip
+    return dict(preset="demo", data=photos, size=16, batch=4, micro_batch=4, epochs=2, warmup=0.4, lr=1e-3, lr_end=3e-5,
+                ema=0.99, workers=0, device="cpu", log_every=1, preview_every=0, save_every=99)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -563,6 +563,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(settings, tmp_path, capsys):
     assert before == {name: (out / name).read_bytes() for name in before}
     assert not list(out.glob("*.tmp"))
     assert train(out, settings, epochs=3)["step"] == 8  # and it goes on
+
+
+def test_checkpoints_come_at_intervals_both_files_together(settings, tmp_path, monkeypatch):
+    saved, save = [], train_decoder.save
+    monkeypatch.setattr(train_decoder, "save", lambda files: saved.append(files) or save(files))
+    train(tmp_path / "run", settings, save_every=0.8)
+    assert [last["step"] for last, _ in map(dict.values, saved)] == [2, 4, 5]
+    assert [[path.name for path in files] for files in saved] == 3 * [["last.pt", "decoder.pt"]]
 
 
 def test_a_row_of_the_log_averages_its_steps(settings, tmp_path):

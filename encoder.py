@@ -11,6 +11,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -255,10 +256,17 @@ def training_batches(count, batch, micro_batch, steps, seed, rank=0, world_size=
 
 
 def outlive_signals(_):
-    """Loader workers leave Ctrl-C and SIGTERM to the trainer, which still needs them to finish its step and save; but
-    not for ever, since a process that exits on an error stops its workers by SIGTERM and waits for them."""
+    """Loader workers leave Ctrl-C and SIGTERM to the trainer, which needs them to finish its step; its own ends them."""
+
+    def await_trainer():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=await_trainer, daemon=True).start()
 
 
 def make_loader(dataset, batches, workers, device):

@@ -123,7 +123,7 @@ def test_readme_commands_have_flags_that_exist(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path)
     text = README.replace("\\\n", " ") + train_decoder.__doc__ + train_dit.__doc__ + sample.__doc__
-    commands = re.findall(r"(train_decoder|train_dit|sample)\.py( --?[^\n`]*)", text)
+    commands = re.findall(r"(train_decoder|train_dit|sample)\.py( --?[^\n`,]*)", text)
     assert len(commands) > 20
     for script, arguments in commands:
         arguments = shlex.split(arguments.split("&&")[0], comments=True)

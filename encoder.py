@@ -256,7 +256,8 @@ def training_batches(count, batch, micro_batch, steps, seed, rank=0, world_size=
 
 
 def outlive_signals(_):
-    """Loader workers leave Ctrl-C and SIGTERM to the trainer, which needs them to finish its step; its own ends them."""
+    """Loader workers leave Ctrl-C and SIGTERM to their trainer, whose last step needs them. Its own SIGTERM, by which
+    Python stops them where the trainer fails, ends them at once."""
 
     def await_trainer():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():

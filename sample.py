@@ -267,14 +267,11 @@ def main(argv=None):
     with torch.no_grad(), autocast, tqdm(total=len(mine), unit="image", disable=args.rank > 0) as bar:
         for part in parts:
             if args.reconstruct:
-                problem = None
                 try:
                     pixels, *_ = next(loader)  # (B, 3, S, S) uint8
                 except ValueError as error:  # an unreadable image; a loader process puts its traceback in front
-                    problem = str(error).splitlines()[-1].removeprefix("ValueError: ")
-                if problem:  # outside of the except clause, whose traceback would keep the loader's processes alive
-                    del loader
-                    parser.error(problem)
+                    bar.close()
+                    parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
                 z = encoder(pixels.to(device, non_blocking=True).float() / 255)
             else:
                 y = torch.tensor([labels[i] for i in part], device=device)

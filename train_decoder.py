@@ -540,6 +540,7 @@ def train(args):
         f"steps {start} to {total}"
         + (f"; discriminator from step {disc_start}, its loss from step {gan_start}" if discriminator else "")
     )
+
     def checkpoint(step):
         last = dict(kind="train_decoder", args=recorded, step=step, model=model.state_dict(),
                     ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,

@@ -1,6 +1,9 @@
 """Image files, crops, the shapes data set and the order of training images."""
 
+import multiprocessing
 import os
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -306,6 +309,24 @@ def test_loader_processes_draw_the_same_images():
         Image.fromarray(one[0][0][1].numpy().transpose(1, 2, 0)),
         encoders.random_crop(encoders.Shapes(20, 16).draw(index)[0], 24, 16, np.random.default_rng(key)),
     ).getbbox() is None  # fmt: skip
+
+
+def test_loader_processes_outlive_signals_but_their_trainer_s():
+    images = encoders.Images(encoders.Shapes(12, 16), lambda image, rng: image)
+    loader = iter(encoders.make_loader(images, [[(i, i)] for i in range(12)], 1, "cpu"))
+    batches = [next(loader)]
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as the cluster's manager would
+    batches += loader  # more than it had prepared
+    assert [batch[2].item() for batch in batches] == list(range(12))
+
+    loader = iter(encoders.make_loader(images, [[(i, i)] for i in range(12)], 1, "cpu"))
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)  # as Python does at its end
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_what_data_names(tmp_path):

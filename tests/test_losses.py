@@ -351,7 +351,9 @@ def test_adaptive_weight_of_two_ranks_is_that_of_one_with_the_whole_batch():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = torch.zeros(2).share_memory_()
-    torch.multiprocessing.spawn(adaptive_weight_on_rank, (port, g_rec, g_gan, results), nprocs=2)
+    torch.multiprocessing.start_processes(
+        adaptive_weight_on_rank, (port, g_rec, g_gan, results), 2, start_method="fork"
+    )
     assert results[0] == results[1]
     assert results[0].item() == pytest.approx(norm(g_rec) / (norm(g_gan) + 1e-6), rel=1e-5)
 

@@ -562,7 +562,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(settings, tmp_path, capsys):
     assert f"cannot write {out}/last.pt" in message and "make room" in message
     assert before == {name: (out / name).read_bytes() for name in before}
     assert not list(out.glob("*.tmp"))
-    assert train(out, settings, epochs=3)["step"] == 8  # and it goes on
+    assert train(out, settings, epochs=3)["step"] == 8  # and it goes on from there
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_checkpoints_come_at_intervals_both_files_together(settings, tmp_path, monkeypatch):

@@ -391,7 +391,7 @@ class Log:
             means /= dist.get_world_size()
         row = {name: f"{value:.5f}" for name, value in zip(self.values, means.tolist(), strict=True)}
         seconds = (time.perf_counter() - self.time) / (step - self.step)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
         if means.is_cuda:
             memory = torch.cuda.max_memory_allocated() / 2**30
         numbers |= dict(images_per_s=batch / seconds, memory_gb=memory)
@@ -478,7 +478,8 @@ def train(args):
         say(f"finished: {args.out}/decoder.pt has its {start / steps_per_epoch:g} epochs; a larger --epochs goes on")
         return
 
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = 0 if args.data == "shapes" else max(1, min(12, cores - 1))
     workers = workers if args.workers is None else args.workers
     images = encoders.Images(source, lambda image, rng: encoders.random_crop(image, args.resize, args.size, rng))

@@ -49,9 +49,9 @@ PRESETS = {
     "imagenet256": IMAGENET,
     "imagenet512": IMAGENET | dict(size=512, epochs=400, micro_batch=8),
     "demo": IMAGENET | dict(
-        data="shapes", encoder="random-tiny", size=32, model="DiT-DH-tiny", epochs=11, batch=32, micro_batch=32,
-        lr=3e-3, lr_end=1e-4, warmup=0.4, decay_start=4.0, decay_end=11.0, ema=0.995, shift_base=512.0,
-        precision="float32", stats_images=4000, preview_every=2.0, save_every=2.0, log_every=250,
+        data="shapes", encoder="random-tiny", size=32, model="DiT-DH-tiny", epochs=9, batch=32, micro_batch=32,
+        lr=3e-3, lr_end=1e-4, warmup=0.4, decay_start=3.0, decay_end=9.0, ema=0.995, shift_base=512.0,
+        precision="float32", stats_images=4000, preview_every=3.0, save_every=3.0, log_every=250,
     ),
 }  # fmt: skip
 PLAIN_DIT = dict(decay_start=math.inf, decay_end=math.inf, clip=0.0, ema=0.9999)  # the paper's without DDT head
@@ -265,7 +265,7 @@ class Log:
         by_t = {name: f"{a / n:.5f}" for name, a, n in zip(self.bins, losses, images, strict=True) if n}
         loss, norm = sum(losses) / (sum(images) or math.nan), sum(self.norms) / (len(self.norms) or math.nan)
         seconds = (time.perf_counter() - self.time) / (step - self.step)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         self.reset(step)
@@ -351,7 +351,8 @@ def train(parser, args):
                 dist.destroy_process_group()
 
     # The loader, and the latent statistics: the same transform for both.
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = 0 if args.data == "shapes" else max(1, min(12, cores - 1))
     workers = workers if args.workers is None else args.workers
     images = encoders.Images(source, lambda image, rng: encoders.center_crop_flip(image, args.size, rng))

@@ -3,7 +3,7 @@
     python sample.py --classes 207 360 --per-class 8 --out samples.png                # inputs from runs/imagenet256/
     python sample.py --dit dit.pt --decoder decoder.pt --guide weak.pt --scale 1.42   # AutoGuidance
     python sample.py --scale 2 --interval 0.1 0.9                                     # classifier-free guidance
-    torchrun --nproc_per_node=gpu sample.py --num 50000 --out samples.npz             # for FID: class-balanced labels
+    torchrun --nproc_per_node=gpu sample.py --num-samples 50000 --out samples.npz     # for FID: class-balanced labels
     torchrun --nproc_per_node=gpu sample.py --reconstruct imagenet/val --out recon.npz
     python sample.py --reconstruct photo.jpg --out recon.png                          # original beside reconstruction
 
@@ -53,7 +53,10 @@ def parse_args(argv):
     either = parser.add_mutually_exclusive_group().add_argument
     either("--classes", type=int, nargs="+", help="class numbers to draw")
     add("--per-class", type=int, help="images of each class")
-    either("--num", type=int, help="draw this many images instead, all classes in turn")
+    # not --num: torchrun takes that for an abbreviation of flags of its own
+    either(
+        "--num-samples", type=int, dest="num", metavar="N", help="draw this many images instead, all classes in turn"
+    )
     add("--unconditional", action="store_true", help="draw without a class")
     add("--scale", type=float, help="guidance scale; 1: none; the paper's AutoGuidance: 1.42 at 256 px, 1.5 at 512 px")
     add("--guide", metavar="PATH", help="a weaker diffusion model: AutoGuidance instead of classifier-free guidance")

@@ -1,6 +1,7 @@
 """The models: sizes, checkpoints ours and published, encoders by name, latent statistics, what each file imports."""
 
 import ast
+import functools
 import os
 import shutil
 import subprocess
@@ -230,7 +231,10 @@ def timm_weights(path, name, **vit):
 @pytest.mark.parametrize("name", VITS)
 def test_any_vit_by_its_name(name, tmp_path):
     """Against timm's own: positions resampled as it loads the file, tokens after the last block, norm written out."""
-    vit = SMALL | (dict(reg_tokens=4) if name == "dinov2-b" else {})
+    vit, eps = SMALL | (dict(reg_tokens=4) if name == "dinov2-b" else {}), 1e-6
+    if "gap" in name:
+        eps = 0.3  # the last norm's own, wherever timm keeps it
+        vit |= dict(norm_layer=functools.partial(nn.LayerNorm, eps=eps))
     model_name = timm_weights(tmp_path / "vit.pt", name, **vit)
     encoder = encoders.Encoder(name, 256, tmp_path / "vit.pt", **vit)
     side = VITS[name]
@@ -254,7 +258,7 @@ def test_any_vit_by_its_name(name, tmp_path):
     with torch.no_grad():
         reference.forward_features((images - mean) / std)
     tokens = tokens[0][:, -(side**2) :]
-    expected = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+    expected = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True, correction=0) + eps).sqrt()
     for row, column in [(0, 0), (0, side - 1), (side - 1, 0), (side // 2, 1)]:
         torch.testing.assert_close(z[:, :, row, column], expected[:, row * side + column], rtol=1e-3, atol=1e-4)
 
@@ -342,6 +346,38 @@ def test_512_px_end_to_end(tmp_path):
     assert dits.shift_for((768, 16, 16)) == pytest.approx(6.93, abs=0.005)
     assert dits.shift_for((768, 32, 32)) == pytest.approx(13.86, abs=0.005)
     assert dits.shift_for((8, 4, 4)) == 1
+
+
+def test_the_weak_model_is_asked_only_where_it_counts():
+    asked = []
+
+    def model(x, t, y):
+        asked.append(("model", len(x), y.tolist()))
+        return x
+
+    def weak(x, t, y):
+        asked.append(("weak", len(x), y.tolist()))
+        return 0 * x
+
+    model.null_class = 9
+    x, y = torch.ones(2, 1, 1, 1), torch.tensor([3, 4])
+    for scale, guide, t, expected in [
+        (1.0, weak, 0.5, [("model", 2, [3, 4])]),
+        (1.0, None, 0.5, [("model", 2, [3, 4])]),
+        (2.0, weak, 0.5, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # no doubled batch
+        (2.0, None, 0.5, [("model", 2, [3, 4]), ("model", 2, [9, 9])]),
+        (2.0, weak, 0.9, [("model", 2, [3, 4])]),
+        (2.0, weak, 0.75, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # the interval is closed
+    ]:
+        asked.clear()
+        v = dits.guided(model, y, scale, guide, interval=(0.25, 0.75))(x, torch.tensor(t))
+        assert asked == expected
+        assert v.flatten().tolist() == ([2, 2] if len(expected) == 2 and guide else [1, 1])
+
+
+def test_pixels_are_clamped_and_rounded():
+    pixels = torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 254.4 / 255, 254.6 / 255, 1.0, 7.0]).expand(1, 3, 2, 8)
+    assert decoders.to_uint8(pixels)[0, 1, :, 2].tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

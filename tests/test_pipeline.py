@@ -27,7 +27,7 @@ def column(folder, name):
 
 
 def torchrun(script, *arguments, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", ROOT / script]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / script]
     run = subprocess.run([*command, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
@@ -78,7 +78,9 @@ def test_demo_draws_a_grid(runs):
 def test_three_scripts_under_torchrun(tmp_path):
     torchrun("train_decoder.py", *DECODER, "--epochs", "0.02", cwd=tmp_path)
     torchrun("train_dit.py", *DIT, "--epochs", "0.02", cwd=tmp_path)
-    out = torchrun("sample.py", "--preset", "demo", "--num", "10", "--steps", "2", "--out", "s.npz", cwd=tmp_path)
+    out = torchrun(
+        "sample.py", "--preset", "demo", "--num-samples", "10", "--steps", "2", "--out", "s.npz", cwd=tmp_path
+    )
     assert "10 images in s.npz" in out
     with np.load(tmp_path / "s.npz") as file:
         assert (file["arr_0"].reshape(10, -1).std(1) > 1).all()

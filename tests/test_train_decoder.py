@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
@@ -401,9 +402,9 @@ def test_bf16_is_of_encoder_and_decoder_alone_and_each_image_is_encoded_once(ful
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on the CPU")
-def test_compiled_step_equals_eager_step(settings, tmp_path, monkeypatch):
+@torch._inductor.config.patch(compile_threads=1)  # a pool would take longer to start
+def test_compiled_step_equals_eager_step(settings, tmp_path):
     """After one step AdamW's first moment is a tenth of the gradient."""
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # a pool would take longer to start
     gradients = []
     for flag in ("compile", "no_compile"):
         last = train(tmp_path / flag, settings | {flag: True}, epochs=0.4)

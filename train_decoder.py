@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import fcntl
 import functools
 import math
 import os
@@ -328,7 +329,7 @@ def load_frozen(args, device):
 
 def save(files):
     """Write checkpoints {path: content} beside their places, then move them there: what is at a path is always whole,
-    and the files of one save belong together."""
+    and the files of one save belong together. The last one moves last: resuming from it, the others are there."""
     try:
         for path, content in files.items():
             with open(f"{path}.tmp", "wb") as file:
@@ -340,21 +341,36 @@ def save(files):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         for name in files:
             Path(f"{name}.tmp").unlink(missing_ok=True)
+        if "DataLoader" in str(error):  # one of the loader's processes has died meanwhile
+            raise
         sys.exit(f"cannot write {path} ({error}); what was there before is untouched: make room, run again to resume")
+
+
+def claim(folder):
+    """Keep the folder to this run while it lives: two that save into one would break each other's checkpoints."""
+    lock = open(folder / ".lock", "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another run is writing to {folder}: wait for its end, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def read_last(folder, recorded):
     """last.pt of a run to resume, or None. Refuses a folder that holds another run, naming what differs."""
     path = folder / "last.pt"
     if not path.exists():
-        if (folder / "decoder.pt").exists():
+        if (folder / "decoder.pt").exists() and not (folder / "last.pt.tmp").exists():  # killed in the first save
             raise ValueError(f"{folder} holds a decoder.pt but no last.pt to resume from: choose another --out")
         return None
     try:
         last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         theirs = {"train_decoder": last["args"]}[last["kind"]]
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this script ({type(error).__name__}): move it away") from None
+        raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
+                         "copy, or choose another --out") from None  # fmt: skip
     differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
               if theirs.get(key) != recorded.get(key)]  # fmt: skip
     if differ:
@@ -371,10 +387,11 @@ class Log:
     def __init__(self, path, start, main_rank):
         if main_rank:
             rows = list(csv.DictReader(path.read_text().splitlines())) if start and path.exists() else []
-            self.file = open(path, "w", newline="", buffering=1)  # each line goes to the disk at once
+            self.file = open(f"{path}.tmp", "w", newline="", buffering=1)  # each line goes to the disk at once
             self.csv = csv.DictWriter(self.file, self.fields)
             self.csv.writeheader()
             self.csv.writerows(row for row in rows if int(row["step"]) <= start)  # later steps are done again
+            os.replace(f"{path}.tmp", path)
         self.reset(start)
 
     def reset(self, step):
@@ -460,6 +477,7 @@ def train(args):
         source = encoders.image_source(args.data, args.size)
         recorded |= dict(images=len(source))
         args.out.mkdir(parents=True, exist_ok=True)
+        args.lock = claim(args.out) if main_rank else None
         last = read_last(args.out, recorded)
     except (ValueError, OSError) as error:
         problem = str(error)
@@ -550,7 +568,7 @@ def train(args):
             last |= dict(discriminator=discriminator.heads.state_dict(), disc_optimizer=disc_optimizer.state_dict())
         result = dict(kind="decoder", config=model.config, model=ema.module.state_dict(), encoder=encoder.record,
                       tau=args.tau, epoch=step / steps_per_epoch)  # fmt: skip
-        save({args.out / "last.pt": last, args.out / "decoder.pt": result})
+        save({args.out / "decoder.pt": result, args.out / "last.pt": last})
 
     stopping = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -654,7 +672,7 @@ def main(argv=None):
         if not loader and not isinstance(error, (OSError, torch.OutOfMemoryError)):
             raise
         cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1]
-        failure = (f"stopped: {cause}\nThe same command resumes. Where memory is short: a smaller --micro-batch, "
+        failure = (f"stopped: {cause} The same command resumes; where memory is short: a smaller --micro-batch, "
                    "--checkpointing, fewer --workers")  # fmt: skip
     finally:
         for number, handler in handlers.items():

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import fcntl
 import functools
 import math
 import os
@@ -153,7 +154,7 @@ def lr_at(epoch, args):
 
 def save(files):
     """Write checkpoints {path: content} beside their places, then move them there: what is at a path is always whole,
-    and the files of one save belong together."""
+    and the files of one save belong together. The last one moves last: resuming from it, the others are there."""
     try:
         for path, content in files.items():
             with open(f"{path}.tmp", "wb") as file:
@@ -165,6 +166,8 @@ def save(files):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         for path in files:
             Path(f"{path}.tmp").unlink(missing_ok=True)
+        if "DataLoader" in str(error):  # one of the loader's processes has died meanwhile
+            raise
         sys.exit(f"cannot write to {path.parent} ({error}): make room and run again; the last checkpoint is untouched")
 
 
@@ -184,18 +187,31 @@ def draw(keys, shape, args, generator):
     return t[:, 0].sigmoid(), noise, uniform[:, 0] < args.label_dropout
 
 
+def claim(folder):
+    """Keep the folder to this run while it lives: two that save into one would break each other's checkpoints."""
+    lock = open(folder / ".lock", "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another run is writing to {folder}: wait for its end, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
 def read_last(folder, recorded):
     """last.pt of a run to resume, or None. Refuses a folder that holds another run, naming what differs."""
     path = folder / "last.pt"
     if not path.exists():
-        if (folder / "dit.pt").exists():
+        if (folder / "dit.pt").exists() and not (folder / "last.pt.tmp").exists():  # killed in the first save
             raise ValueError(f"{folder} holds a dit.pt but no last.pt to resume from: choose another --out")
         return None
     try:
         last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         theirs = {"train_dit": last["args"]}[last["kind"]]
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this script ({type(error).__name__}): move it away") from None
+        raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
+                         f"copy, or start in another --out with --init {folder}/dit.pt") from None  # fmt: skip
     differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
               if theirs.get(key) != recorded.get(key)]  # fmt: skip
     if differ:
@@ -343,6 +359,7 @@ def train(parser, args):
                                  "fid.py FOLDER --save-stats")  # fmt: skip
             inception = fid.load_inception(args.inception_weights, device)
         args.out.mkdir(parents=True, exist_ok=True)
+        args.lock = claim(args.out) if main_rank else None
     except (ValueError, OSError) as error:
         try:
             parser.error(str(error))
@@ -410,11 +427,11 @@ def train(parser, args):
         last = dict(kind="train_dit", args=recorded, step=step, model=model.state_dict(), stats=stats,
                     ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
                     replaced=replaced)  # fmt: skip
-        files = {args.out / "stat.pt": stats, args.out / "last.pt": last, args.out / "dit.pt": result}
+        files = {args.out / "stat.pt": stats, args.out / "dit.pt": result}
         if kept := due(step, args.keep_every):
             files[args.out / f"dit-{kept * args.keep_every:g}.pt"] = result
         if main_rank:
-            save(files)
+            save(files | {args.out / "last.pt": last})
 
     def online_fid():
         """FID of the EMA weights, unguided, class-balanced; all ranks draw. None if one of them was told to stop."""
@@ -504,11 +521,13 @@ def main(argv=None):
     failure = None
     try:
         problem = train(parser, args)
-    except (RuntimeError, ValueError) as error:
-        if "DataLoader worker" not in str(error):
+    except (OSError, RuntimeError, ValueError) as error:
+        loader = "DataLoader worker" in str(error) or "could not be read" in str(error)
+        if not loader and not isinstance(error, (OSError, torch.OutOfMemoryError)):
             raise
         cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1]
-        failure = f"the loader failed: {cause} The same command resumes; where memory is short, use fewer --workers"
+        failure = (f"{'the loader failed' if loader else 'stopped'}: {cause} The same command resumes; where memory is "
+                   "short: a smaller --micro-batch, --checkpointing, fewer --workers")  # fmt: skip
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

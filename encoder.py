@@ -1,17 +1,21 @@
-"""Images to latents: data sets, crops, the loader, the frozen representation encoders, latent statistics.
+"""Images to latents: data sets, crops, the loader, the frozen representation encoders, latent statistics; and how the
+scripts read their command line.
 
 Paper: "Diffusion Transformers with Representation Autoencoders", arXiv 2510.11690, section 3.
 Letters: B batch, C latent (token) channels, H x W latent grid. Images are uint8 (B, 3, S, S) from the loader and float
 in [0, 1] for the encoder. This file needs torch, numpy, timm and Pillow only.
 """
 
+import argparse
 import colorsys
 import difflib
 import functools
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -318,9 +322,8 @@ class Encoder(nn.Module):
         row = ENCODERS.get(name, dict(model=name))
         vit = row.get("vit", {}) | vit
         if not timm.is_model_pretrained(row["model"]) and (weights is None or name not in timm.list_models()):
-            near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models("*vit*", pretrained=True)], n=2)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ValueError(f"unknown encoder {name}: {hint}one of {', '.join(ENCODERS)}, or a timm ViT by its name")
+            near = nearest(name, [*ENCODERS, *timm.list_models("*vit*", pretrained=True)])
+            raise ValueError(f"unknown encoder {name}: one of {', '.join(ENCODERS)}, or a timm ViT by its name{near}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the weights of random-tiny; the others get theirs once all is known to fit
             self.vit = timm.create_model(row["model"], num_classes=0, **vit)
@@ -330,6 +333,8 @@ class Encoder(nn.Module):
         multiple = 16 if patch == 14 else patch
         if image_size < 1 or image_size % multiple:
             raise ValueError(f"image size {image_size} does not fit encoder {name}: use a multiple of {multiple}")
+        if name == "random-tiny" and weights is not None:
+            raise ValueError(f"encoder {name} takes no --encoder-weights {weights}: choose the --encoder they are of")
         if name != "random-tiny":
             self.vit = load_vit(self.vit, row["model"], weights, vit)
 
@@ -391,10 +396,13 @@ def load_vit(network, model, weights, vit):
     try:
         state = timm.models.load_state_dict(weights, weights_only=True)
         for key, value in network.state_dict().items():
-            if not key.startswith(("norm.", "fc_norm.", "attn_pool.")) and state[key].shape != value.shape:
+            if key.startswith(("norm.", "fc_norm.", "attn_pool.")):
+                continue
+            if state[key].shape != value.shape or not state[key].isfinite().all():
                 raise KeyError(key)
     except KeyError as error:
-        raise ValueError(f"{weights} does not fit {model}, {error} is missing or has another shape: {fix}") from None
+        reason = f"{error} is missing, of another shape or not finite"
+        raise ValueError(f"{weights} does not fit {model}, {reason}: {fix}") from None
     except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
         raise ValueError(f"{weights} is not a file of encoder weights ({type(error).__name__}): {fix}") from None
     network.load_state_dict(state, strict=False)  # a head or a pooling layer in the file has no use here
@@ -440,4 +448,32 @@ def load_stats(path, shape):
     for value in (mean, var):
         if value.shape != tuple(shape):
             raise ValueError(f"{path} has statistics of shape {tuple(value.shape)}, the model needs {tuple(shape)}")
+    if not mean.isfinite().all() or not (var.isfinite() & (var >= 0)).all():
+        raise ValueError(f"{path} has statistics that are not finite, or a negative variance: measure them again")
     return {"mean": mean.float(), "var": var.float()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts' command line
+
+
+def nearest(name, names):
+    """The end of a message about an unknown name: "; did you mean dinov2-b?", or nothing."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class Arguments(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help shows the defaults where there are any."""
+
+    def error(self, message):
+        time.sleep(10 * (os.environ.get("RANK", "0") != "0"))  # rank 0 says it, and torchrun then ends the others
+        wrong = re.search("(?:invalid choice: |unrecognized arguments: )'?([^ '=]+)", message)
+        names = re.findall(r"[\w-]+", message.partition("choose from")[2]) or list(self._option_string_actions)
+        self.exit(2, f"{self.prog}: error: {message}{nearest(wrong[1], names) if wrong else ''}\n")
+
+    def format_help(self):
+        for action in self._actions:
+            if action.default not in (None, argparse.SUPPRESS) and action.default is not False:
+                action.help += " (default: %(default)s)"
+        return super().format_help()

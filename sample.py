@@ -11,7 +11,6 @@ Paper: arXiv 2510.11690. Sample i is the same image for any batch size and any n
 The published checkpoints (nyu-visionx/RAE-collections) go through the same flags; a bare diffusion model needs --stats.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -35,14 +34,11 @@ PRESETS = {
 
 
 def parse_args(argv):
-    pre = argparse.ArgumentParser(add_help=False)
+    pre = encoders.Arguments(add_help=False)
     pre.add_argument("--preset", default="imagenet256")
     defaults = PRESETS.get(pre.parse_known_args(argv)[0].preset, {})
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    parser = encoders.Arguments(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="imagenet256", help="the set of defaults")
     add("--dit", metavar="PATH", help="diffusion model, ours or published (default runs/<preset>/dit/dit.pt)")
@@ -66,7 +62,7 @@ def parse_args(argv):
     add("--reconstruct", metavar="PATH", help="encode and decode a photo, or a folder of images, instead of sampling")
     add("--out", default="samples.png", help=".png: a grid; .npz: uint8 (n, H, W, 3); else a folder of PNG files")
     add("--overwrite", action="store_true", help="replace an npz or a folder that was made with other settings")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the starting noise")
     add("--batch", type=int, help="images at a time in each process")
     add("--precision", choices=["float32", "tf32", "bf16"], default="tf32", help="bf16 is reported to cost FID")
     add("--compile", action="store_true", help="torch.compile: pays for thousands of images on a GPU")

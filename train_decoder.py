@@ -231,14 +231,11 @@ def lr_at(step, lr, lr_end, warmup, total):
 
 
 def parse_args(argv):
-    pre = argparse.ArgumentParser(add_help=False)
+    pre = encoders.Arguments(add_help=False)
     pre.add_argument("--preset", default="imagenet256")
     defaults = PRESETS.get(pre.parse_known_args(argv)[0].preset, {})
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    parser = encoders.Arguments(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="imagenet256", help="the set of defaults")
     add("--data", required="data" not in defaults, help="folder of images; or `shapes`, drawn on the fly")

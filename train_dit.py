@@ -64,7 +64,7 @@ FREE = {"preset", "out", "data", "epochs", "preview_every", "keep_every", "save_
 
 
 def parse_args(argv):
-    pre = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    pre = encoders.Arguments(add_help=False)
     pre.add_argument("--preset", default="imagenet256")
     pre.add_argument("--model")
     known, _ = pre.parse_known_args(argv)
@@ -72,9 +72,7 @@ def parse_args(argv):
     if known.model and "DH" not in known.model and known.preset != "demo":
         defaults |= PLAIN_DIT
 
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.description = __doc__.split("\n\n")[0]
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    parser = encoders.Arguments(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="imagenet256", help="the set of defaults; but for the demo, the paper's")
     add("--data", required="data" not in defaults, help="folder of images, with a folder for each class; or `shapes`")
@@ -361,11 +359,7 @@ def train(parser, args):
         args.out.mkdir(parents=True, exist_ok=True)
         args.lock = claim(args.out) if main_rank else None
     except (ValueError, OSError) as error:
-        try:
-            parser.error(str(error))
-        finally:  # not before: it may wait for the other ranks
-            if args.distributed:
-                dist.destroy_process_group()
+        parser.error(str(error))  # without destroy_process_group, which may wait for the other ranks
 
     # The loader, and the latent statistics: the same transform for both.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it

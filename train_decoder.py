@@ -367,7 +367,7 @@ def read_last(folder, recorded):
         theirs = {"train_decoder": last["args"]}[last["kind"]]
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
-                         "copy, or choose another --out") from None  # fmt: skip
+                         "copy, or move the folder away") from None  # fmt: skip
     differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
               if theirs.get(key) != recorded.get(key)]  # fmt: skip
     if differ:

@@ -209,7 +209,7 @@ def read_last(folder, recorded):
         theirs = {"train_dit": last["args"]}[last["kind"]]
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
-                         f"copy, or start in another --out with --init {folder}/dit.pt") from None  # fmt: skip
+                         "copy, or move the folder away; its dit.pt serves as --init") from None  # fmt: skip
     differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
               if theirs.get(key) != recorded.get(key)]  # fmt: skip
     if differ:
@@ -283,7 +283,7 @@ class Log:
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         self.reset(step)
-        return dict(loss=f"{loss:.6f}", **by_t, grad_norm=f"{norm:.4f}", images_per_s=f"{batch / seconds:.1f}",
+        return dict(loss=f"{loss:.6f}", **by_t, grad_norm=f"{norm:.4f}", images_per_s=f"{batch / seconds:.4g}",
                     memory_gb=f"{memory:.2f}"), seconds  # fmt: skip
 
     def write(self, bar, row, **more):

@@ -130,26 +130,28 @@ def load_decoder(path, pixels=None):
     mean and std) for our files, and is empty for published ones.
     Raises FileNotFoundError, and ValueError for a file that is neither or is damaged; in one line.
     """
+    fix = "give --decoder a decoder.pt of train_decoder.py or a published model.pt"
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no decoder at {path}: give --decoder a decoder.pt of train_decoder.py or a published model.pt"
-        ) from None
+        raise FileNotFoundError(f"no decoder at {path}: {fix}") from None
     except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({type(error).__name__})") from None
+        reason = f"not a checkpoint of tensors and plain values ({type(error).__name__})"
+        raise ValueError(f"{path} is {reason}: {fix}") from None
     file = file if isinstance(file, dict) else {"kind": type(file).__name__}
     state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
     published = "kind" not in file and "decoder_embed.weight" in state
     if not published and file.get("kind") != "decoder":
         found = file.get("kind", f"the keys {list(state)[:3]}")
-        raise ValueError(f"{path} is not a decoder, ours or published; found in it: {found}")
+        raise ValueError(f"{path} is not a decoder, ours or published; found in it: {found}; {fix}")
     try:
         config, state = from_published(state) if published else (file["config"], state)
         if published and config["heads"] is None:
             raise ValueError(f"width {config['width']} is that of none of the sizes {', '.join(SIZES)}")
         model = Decoder(**config, **(pixels or {} if published else {}))
         model.load_state_dict(state)
+        if not all(value.isfinite().all() for value in state.values()):
+            raise ValueError("its weights are not finite")
         info = {} if published else {"encoder": file["encoder"]}
     except Exception as error:  # a key is missing, or a size is not as it should be
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

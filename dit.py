@@ -393,26 +393,28 @@ def load_dit(path):
     published ones it is empty.
     Raises FileNotFoundError, and ValueError for a file that is neither or is damaged; in one line.
     """
+    fix = "give the path of a dit.pt of train_dit.py or a published stage2_model.pt"
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no diffusion model at {path}: give the path of a dit.pt of train_dit.py or a published stage2_model.pt"
-        ) from None
+        raise FileNotFoundError(f"no diffusion model at {path}: {fix}") from None
     except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({type(error).__name__})") from None
+        reason = f"not a checkpoint of tensors and plain values ({type(error).__name__})"
+        raise ValueError(f"{path} is {reason}: {fix}") from None
     file = file if isinstance(file, dict) else {"kind": type(file).__name__}
     state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
     published = "kind" not in file and "x_embedder.proj.weight" in state
     if not published and file.get("kind") != "dit":
         found = file.get("kind", f"the keys {list(state)[:3]}")
-        raise ValueError(f"{path} is not a diffusion model, ours or published; found in it: {found}")
+        raise ValueError(f"{path} is not a diffusion model, ours or published; found in it: {found}; {fix}")
     try:
         config = config_from_state(state) if published else file["config"]
         model = DiT(**config, allow_narrow=True)
         model.load_state_dict({k: v for k, v in state.items() if k != "pos_embed" and "feat_rope" not in k})
+        if not all(value.isfinite().all() for value in state.values()):
+            raise ValueError("its weights are not finite")
+        info = {} if published else {key: file[key] for key in ("stats", "encoder", "shift", "label_dropout", "epoch")}
     except Exception as error:  # a key is missing, or a size is not as it should be
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"{path} is damaged or of another version ({reason})") from None
-    info = {} if published else {key: file[key] for key in file.keys() - {"kind", "config", "model"}}
     return model.eval().requires_grad_(False), info

@@ -458,9 +458,9 @@ def load_stats(path, shape):
 
 
 def nearest(name, names):
-    """The end of a message about an unknown name: "; did you mean dinov2-b?", or nothing."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """The end of a message about an unknown name: "; did you mean dinov2-s or dinov2-b?", or nothing."""
+    near = difflib.get_close_matches(name, names, n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 class Arguments(argparse.ArgumentParser):
@@ -471,6 +471,12 @@ class Arguments(argparse.ArgumentParser):
         wrong = re.search("(?:invalid choice: |unrecognized arguments: )'?([^ '=]+)", message)
         names = re.findall(r"[\w-]+", message.partition("choose from")[2]) or list(self._option_string_actions)
         self.exit(2, f"{self.prog}: error: {message}{nearest(wrong[1], names) if wrong else ''}\n")
+
+    def check_out(self, path, folder=True):
+        """Refuse an --out (Path) that cannot be made or written, before any work."""
+        there = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+        if there.is_dir() != (folder or there != path) or not os.access(there, os.W_OK):
+            self.error(f"--out {path}: {there} is not a {'folder' if folder else 'place'} to write to, choose another")
 
     def format_help(self):
         for action in self._actions:

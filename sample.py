@@ -12,6 +12,7 @@ The published checkpoints (nyu-visionx/RAE-collections) go through the same flag
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -44,15 +45,13 @@ def parse_args(argv):
     add("--dit", metavar="PATH", help="diffusion model, ours or published (default runs/<preset>/dit/dit.pt)")
     add("--decoder", metavar="PATH", help="decoder, ours or published (default runs/<preset>/decoder/decoder.pt)")
     add("--stats", metavar="PATH", help="latent statistics of a published diffusion model")
-    add("--encoder", default="dinov2-b", help="encoder of published checkpoints; ours know theirs")
+    add("--encoder", choices=encoders.ENCODERS, default="dinov2-b", help="that of published checkpoints; ours know it")
     add("--encoder-weights", metavar="PATH", help="local file instead of timm's download, for --reconstruct")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--classes", type=int, nargs="+", help="class numbers to draw")
     add("--per-class", type=int, help="images of each class")
     # not --num: torchrun takes that for an abbreviation of flags of its own
-    either(
-        "--num-samples", type=int, dest="num", metavar="N", help="draw this many images instead, all classes in turn"
-    )
+    either("--num-samples", type=int, metavar="N", help="draw this many images instead, all classes in turn")
     add("--unconditional", action="store_true", help="draw without a class")
     add("--scale", type=float, help="guidance scale; 1: none; the paper's AutoGuidance: 1.42 at 256 px, 1.5 at 512 px")
     add("--guide", metavar="PATH", help="a weaker diffusion model: AutoGuidance instead of classifier-free guidance")
@@ -75,7 +74,7 @@ def parse_args(argv):
     args.out, args.device = Path(args.out), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; give --device cpu")
-    for name in ("per_class", "num", "steps", "batch"):
+    for name in ("per_class", "num_samples", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     low, high = args.interval
@@ -83,8 +82,16 @@ def parse_args(argv):
         parser.error(f"--seed {args.seed}, --workers {args.workers}: must not be negative")
     if not 0 <= low <= high <= 1:
         parser.error(f"--interval {low:g} {high:g}: give 0 <= LOW <= HIGH <= 1")
-    if args.out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".npy", ".pt"):
-        parser.error(f"--out {args.out}: give a .png, an .npz, or a folder for PNG files")
+    if not 0 <= args.scale < math.inf:
+        parser.error(f"--scale {args.scale:g}: give a number of at least 0; 1: no guidance")
+    ending, photo = args.out.suffix.lower(), args.reconstruct and os.path.isfile(args.reconstruct)
+    if ending in Image.registered_extensions().keys() - {".png"} | {".npy", ".pt"} or photo and ending != ".png":
+        parser.error(f"--out {args.out}: give a .png" + ("" if photo else ", an .npz, or a folder for PNG files"))
+    if args.reconstruct and args.reconstruct != "shapes" and not os.path.exists(args.reconstruct):
+        parser.error(f"--reconstruct {args.reconstruct}: not there; give a photo, a folder of images, or `shapes`")
+    if photo and args.out.exists() and os.path.samefile(args.reconstruct, args.out):
+        parser.error(f"--out {args.out} is the photo itself: choose another")
+    parser.check_out(args.out, folder=ending not in (".png", ".npz"))
     return parser, args
 
 
@@ -122,8 +129,6 @@ def load_models(args):
 def load_decoder(args, encoder=None):
     """The decoder, and the record of its encoder. A published one belongs to `encoder`, or else to --encoder."""
     if not encoder:
-        if args.encoder not in encoders.ENCODERS:
-            raise ValueError(f"unknown --encoder {args.encoder}: one of {', '.join(encoders.ENCODERS)}")
         encoder = encoders.ENCODERS[args.encoder]["pixels"] | {"name": args.encoder}
     decoder, info = decoders.load_decoder(args.decoder, {key: encoder[key] for key in ("mean", "std")})
     return decoder, info.get("encoder", encoder | {"image_size": decoder.config["grid"] * 16})
@@ -132,9 +137,9 @@ def load_decoder(args, encoder=None):
 def labels_of(args, model):
     """The class of every sample in order, the null class for none."""
     if args.unconditional or not model.num_classes:
-        return [model.null_class] * (args.num or len(args.classes) * args.per_class)
-    if args.num:
-        return [i % model.num_classes for i in range(args.num)]
+        return [model.null_class] * (args.num_samples or len(args.classes) * args.per_class)
+    if args.num_samples:
+        return [i % model.num_classes for i in range(args.num_samples)]
     wrong = [c for c in args.classes if not 0 <= c < model.num_classes]
     if wrong:
         raise ValueError(f"--classes {wrong[0]}: {args.dit} knows the classes 0 to {model.num_classes - 1}")
@@ -214,8 +219,8 @@ def main(argv=None):
         torch.backends.cudnn.allow_tf32 = args.precision != "float32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     names = ["reconstruct", "decoder", "encoder", "encoder_weights", "precision"] if args.reconstruct else [
-        "dit", "decoder", "encoder", "stats", "guide", "scale", "interval", "steps", "heun", "unconditional", "num",
-        "classes", "per_class", "seed", "precision"]  # fmt: skip
+        "dit", "decoder", "encoder", "stats", "guide", "scale", "interval", "steps", "heun", "unconditional",
+        "num_samples", "classes", "per_class", "seed", "precision"]  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
     settings |= {f"{key} of": os.path.getmtime(path) for key, path in settings.items() if os.path.isfile(str(path))}
     try:
@@ -225,8 +230,6 @@ def main(argv=None):
             if (encoder.latent_dim, encoder.grid) != (decoder.config["latent_dim"], decoder.config["grid"]):
                 raise ValueError(f"{args.decoder} does not decode {encoder.latent_dim}-wide tokens on a grid of "
                                  f"{encoder.grid} x {encoder.grid}, those of {record['name']}")  # fmt: skip
-            if os.path.isfile(args.reconstruct) and args.out.suffix.lower() != ".png":
-                raise ValueError(f"--out {args.out}: a photo and its reconstruction go to a .png")
             if os.path.isfile(args.reconstruct):
                 return reconstruct_photo(args, encoder.to(device), decoder.to(device), device)
             source = encoders.image_source(args.reconstruct, decoder.image_size)
@@ -234,8 +237,8 @@ def main(argv=None):
         else:
             model, guide, stats, shift, decoder = load_models(args)
             labels = labels_of(args, model)
-            count, columns = len(labels), 8 if args.num else args.per_class
-        if args.out.suffix == ".png" and count > 10000:
+            count, columns = len(labels), 8 if args.num_samples else args.per_class
+        if args.out.suffix.lower() == ".png" and count > 10000:
             raise ValueError(f"{count} images are too many for one picture: give --out an .npz or a folder")
         shape = (count, decoder.image_size, decoder.image_size, 3)
         output = Output(args.out, shape, settings | {"images": count}, args.overwrite, columns)
@@ -291,7 +294,10 @@ def main(argv=None):
 
 def reconstruct_photo(args, encoder, decoder, device):
     """One photo, centre-cropped, beside its reconstruction."""
-    photo = np.asarray(encoders.center_crop(encoders.open_image(args.reconstruct), decoder.image_size))
+    try:
+        photo = np.asarray(encoders.center_crop(encoders.open_image(args.reconstruct), decoder.image_size))
+    except Exception as error:  # Pillow raises nearly any kind for a damaged file
+        raise ValueError(f"--reconstruct {args.reconstruct}: not a picture, or a damaged one ({error})") from None
     pixels = torch.from_numpy(photo.transpose(2, 0, 1).copy()).to(device)[None].float() / 255  # (1, 3, S, S)
     decoded = decoders.to_uint8(decoder(encoder(pixels)))[0].cpu().numpy()
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -277,16 +277,18 @@ def parse_args(argv):
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"runs/{args.preset}/decoder")
-    args.encoder_size = args.encoder_size or args.size
-    args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
-    above = ["epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "size", "encoder_size"]
+    parser.check_out(args.out)
+    above = ["epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "size", "encoder_size", "resize"]
     least = ["warmup", "lr_end", "tau", "lpips", "gan", "disc_start", "gan_start", "preview_every", "seed", "workers"]
     for name, value in vars(args).items():
-        if name in above and not 0 < value < math.inf or name in least and not 0 <= (value or 0) < math.inf:
+        value = 1 if value is None else value
+        if name in above and not 0 < value < 2**63 or name in least and not 0 <= value < 2**63:
             bound = "above 0" if name in above else "of at least 0"
-            parser.error(f"--{name.replace('_', '-')} {value}: must be a number {bound}")
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a number {bound} and below 2^63")
         if name in ("ema", "beta1", "beta2") and not 0 <= value < 1:
             parser.error(f"--{name} {value}: must be at least 0 and below 1")
+    args.encoder_size = args.encoder_size or args.size
+    args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
     if args.resize < args.size:
         parser.error(f"--resize {args.resize}: must not be below --size {args.size}")
     if args.lpips and args.size < 16:

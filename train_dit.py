@@ -120,12 +120,14 @@ def parse_args(argv):
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"runs/{args.preset}/dit")
+    parser.check_out(args.out)
     above = ("size", "epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "stats_images", "shift_base")
     least = ("warmup", "clip", "lr_end", "preview_every", "keep_every", "fid_every", "seed", "workers")
     for name, value in vars(args).items():
-        if name in above and not 0 < value < math.inf or name in least and not 0 <= (value or 0) < math.inf:
+        value = 1 if value is None else value
+        if name in above and not 0 < value < 2**63 or name in least and not 0 <= value < 2**63:
             bound = "above 0" if name in above else "of at least 0"
-            parser.error(f"--{name.replace('_', '-')} {value}: must be a number {bound}")
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a number {bound} and below 2^63")
     if not 0 <= args.ema < 1 or not 0 <= args.label_dropout < 1:
         parser.error(f"--ema {args.ema}, --label-dropout {args.label_dropout}: must be at least 0 and below 1")
     if not 0 <= args.decay_start <= args.decay_end:

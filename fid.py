@@ -20,6 +20,7 @@ import json
 import math
 import os
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -43,7 +44,8 @@ def load_weights(module, source, path, flag, prefix=""):
     url = source if source.startswith("https:") else f"model.safetensors of https://huggingface.co/timm/{source}"
     try:
         if path is not None:
-            state = timm.models.load_state_dict(path, weights_only=True)
+            with open(path, "rb"):  # a missing file ends here; timm would also log it
+                state = timm.models.load_state_dict(path, weights_only=True)
         elif source.startswith("https:"):
             state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
         else:
@@ -416,7 +418,7 @@ class Images(torch.utils.data.Dataset):
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             self.shape, fortran, dtype = header(member)
             self.offset = member.tell()
-        if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8 or fortran:
+        if len(self.shape) != 4 or self.shape[3] != 3 or not min(self.shape[1:]) or dtype != np.uint8 or fortran:
             raise ValueError(f"arr_0 is {dtype} {self.shape}: images must be uint8 (N, H, W, 3)")
 
     def __len__(self):
@@ -463,6 +465,8 @@ class Side:
                 if "mu" in npz and (str(npz["features"]) if "features" in npz else "inception") == args.features:
                     self.statistics = {key: npz[key] for keys in STATISTICS for key in keys if key in npz}
                     self.count = int(npz["count"]) if "count" in npz else None
+                    if not all(np.isfinite(x).all() for x in self.statistics.values()):
+                        raise ValueError("holds statistics that are not finite: measure them again")
                 if self.images is None and not self.statistics:
                     raise ValueError(f"holds {npz.files}: give images (arr_0) or statistics of {args.features}")
         if self.images is not None:
@@ -521,10 +525,12 @@ def make_network(args, size):
 
 def check(args, sides):
     """Refuse what can be told before any work."""
+    taken = [os.path.realpath(side.path) for side in sides]
     for flag, path in (("--save-stats", args.save_stats), ("--json", args.json)):
-        if path and os.path.realpath(path) in [os.path.realpath(side.path) for side in sides]:
-            raise ValueError(f"{flag} {path} is an input: change the path")
-        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+        if path and os.path.realpath(path) in taken:
+            raise ValueError(f"{flag} {path} is an input or the other output: change the path")
+        taken.append(path and os.path.realpath(path))
+        if path and (os.path.isdir(path) or not os.access(os.path.join(os.path.dirname(path), "."), os.W_OK)):
             raise ValueError(f"{flag} {path} is not a file in an existing folder: make the folder or change the path")
         if path and os.path.exists(path) and not args.overwrite:
             raise ValueError(f"{flag} {path} exists: pass --overwrite to replace it, or change the path")
@@ -571,15 +577,15 @@ def run(args):
         dims = [x.shape[1] for x in probe[:2]]
     else:
         dims = [reference.statistics[mu].size for mu, _ in STATISTICS if mu in reference.statistics]
+    warnings = []
     for side in sides:
         for dim, keys in zip(dims, STATISTICS, strict=False):
             shapes = [side.statistics[key].shape for key in keys if key in side.statistics]
             if shapes and shapes != [(dim,), (dim, dim)]:
                 raise ValueError(f"{keys} of {side.name} {side.path} are {shapes}: {args.features} has D = {dim}")
         counted = side.count and not (side.images and side.statistics)  # those statistics may be of more images
-        if counted and side.count < dims[0] and args.rank == 0:
-            text = f"{side.count} images in {side.name}, fewer than the {dims[0]} feature dimensions"
-            print(f"warning: {text}: the Frechet distance is biased", file=sys.stderr)
+        if counted and side.count < dims[0]:
+            warnings.append(f"{side.count} images in {side.name}, fewer than the {dims[0]} feature dimensions")
 
     pairs = {"PSNR": psnr, "SSIM": ssim} if args.paired else {}
     if args.paired and not args.no_lpips:
@@ -605,6 +611,8 @@ def run(args):
     if args.rank > 0:
         return
 
+    for warning in warnings:
+        print(f"warning: {warning}: the Frechet distance is biased", file=sys.stderr)
     if args.save_stats:
         extra = dict(features=args.features, count=reference.count)
         write(args.save_stats, lambda file: np.savez(file, **reference.statistics, **extra))
@@ -633,7 +641,8 @@ def run(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    wait = 10 * (os.environ.get("RANK", "0") != "0")  # rank 0 says it, and torchrun then ends the others
+    parser.error = lambda message: time.sleep(wait) or parser.exit(2, f"{parser.prog}: error: {message}\n")
     add = parser.add_argument
     add("reference", metavar="REFERENCE", help="folder of images or npz of images and/or statistics")
     add("samples", metavar="SAMPLES", nargs="?", help="likewise; may be left out with --save-stats")

@@ -366,7 +366,7 @@ def read_last(folder, recorded):
         return None
     try:
         last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        theirs = {"train_decoder": last["args"]}[last["kind"]]
+        theirs, _ = {"train_decoder": (last["args"], last["step"])}[last["kind"]]
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
                          "copy, or move the folder away") from None  # fmt: skip
@@ -468,16 +468,16 @@ def train(args):
         local_batch, rest = divmod(args.batch, args.world_size)
         if rest:
             raise ValueError(f"--batch {args.batch} does not divide over {args.world_size} processes")
-        micro_batch = max(size for size in range(1, args.micro_batch + 1) if local_batch % size == 0)
+        micro_batch = max(size for size in range(1, min(args.micro_batch, local_batch) + 1) if local_batch % size == 0)
         encoder, lpips, discriminator = load_frozen(args, device)
         patch, rest = divmod(args.size, encoder.grid)
         if rest:
             raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {encoder.grid}")
         source = encoders.image_source(args.data, args.size)
         recorded |= dict(images=len(source))
+        last = read_last(args.out, recorded)
         args.out.mkdir(parents=True, exist_ok=True)
         args.lock = claim(args.out) if main_rank else None
-        last = read_last(args.out, recorded)
     except (ValueError, OSError) as error:
         problem = str(error)
     start = last["step"] if last else 0
@@ -524,13 +524,17 @@ def train(args):
         disc_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw)
     skipped = replaced = 0
     if last:
-        model.load_state_dict(last["model"])
-        ema.module.load_state_dict(last["ema"])
-        optimizer.load_state_dict(last["optimizer"])
-        if discriminator:
-            discriminator.heads.load_state_dict(last["discriminator"])
-            disc_optimizer.load_state_dict(last["disc_optimizer"])
-        skipped, replaced = last["skipped"], last["replaced"]
+        try:
+            model.load_state_dict(last["model"])
+            ema.module.load_state_dict(last["ema"])
+            optimizer.load_state_dict(last["optimizer"])
+            if discriminator:
+                discriminator.heads.load_state_dict(last["discriminator"])
+                disc_optimizer.load_state_dict(last["disc_optimizer"])
+            skipped, replaced = last["skipped"], last["replaced"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return f"{args.out}/last.pt is damaged or of another version ({reason}): put back a copy"
         del last
     if args.compile or args.compile is None and device.type == "cuda":
         for block in [*encoder.vit.blocks, *model.blocks, *(discriminator.vit.blocks if discriminator else [])]:

@@ -208,7 +208,7 @@ def read_last(folder, recorded):
         return None
     try:
         last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        theirs = {"train_dit": last["args"]}[last["kind"]]
+        theirs, _ = {"train_dit": (last["args"], last["step"])}[last["kind"]]
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
                          "copy, or move the folder away; its dit.pt serves as --init") from None  # fmt: skip
@@ -253,7 +253,7 @@ class Log:
         self.device, self.main_rank = device, main_rank
         self.bins = [f"loss_t{i / T_BINS:.1f}" for i in range(T_BINS)]
         if main_rank:
-            rows = list(csv.DictReader(open(path))) if start and path.exists() else []
+            rows = list(csv.DictReader(path.read_text().splitlines())) if start and path.exists() else []
             rows = [row for row in rows if int(row["step"]) <= start]  # steps after the checkpoint are done again
             fields = ["step", "epoch", "loss", *self.bins, "lr", "grad_norm", "images_per_s", "memory_gb", "skipped",
                       "replaced", "fid"]  # fmt: skip
@@ -354,7 +354,7 @@ def train(parser, args):
         if args.fid_every:
             side = argparse.Namespace(features="inception", size=args.size)
             reference = fid.Side("--fid-reference", args.fid_reference, side).statistics
-            if "mu" not in reference or reference["mu"].shape != (2048,):
+            if [np.shape(reference.get(key)) for key in ("mu", "sigma")] != [(2048,), (2048, 2048)]:
                 raise ValueError(f"--fid-reference {args.fid_reference} holds no statistics of Inception: make some by "
                                  "fid.py FOLDER --save-stats")  # fmt: skip
             inception = fid.load_inception(args.inception_weights, device)
@@ -393,10 +393,14 @@ def train(parser, args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     skipped = replaced = 0
     if last:
-        model.load_state_dict(last["model"])
-        ema.module.load_state_dict(last["ema"])
-        optimizer.load_state_dict(last["optimizer"])
-        skipped, replaced = last["skipped"], last["replaced"]
+        try:
+            model.load_state_dict(last["model"])
+            ema.module.load_state_dict(last["ema"])
+            optimizer.load_state_dict(last["optimizer"])
+            skipped, replaced = last["skipped"], last["replaced"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return f"{args.out}/last.pt is damaged or of another version ({reason}): put back a copy"
         del last
     for block in model.blocks if compiled else []:  # block by block: quick to compile, overlaps with DDP
         block.compile()

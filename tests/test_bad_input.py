@@ -61,7 +61,7 @@ def changed(path, source, **values):
 
 def damaged(state, how):
     """A state dict of the same model with one tensor missing, of another shape, or with a NaN."""
-    key = [key for key in state if key.endswith("weight")][-1]
+    key = next(key for key in state if key.endswith("weight"))
     values = {"short": {}, "shape": {key: state[key][:1]}, "nan": {key: state[key] * np.nan}}[how]
     return {name: value for name, value in state.items() if name != key} | values
 
@@ -105,7 +105,7 @@ def build(folder):
         for how in ("short", "shape", "nan"):
             changed(f"{kind}_{how}.pt", result, model=damaged(last["model"], how))
         for how in ("short", "shape", "none", "step"):
-            (folder / f"{run}_{how}").mkdir()
+            shutil.copytree(run, f"{run}_{how}")
         changed(f"{run}_short/last.pt", f"{run}/last.pt", model=damaged(last["model"], "short"))
         changed(f"{run}_shape/last.pt", f"{run}/last.pt", ema=damaged(last["ema"], "shape"))
         changed(f"{run}_none/last.pt", f"{run}/last.pt", optimizer=None)
@@ -214,11 +214,12 @@ def refused(world, monkeypatch, capfd, caplog):
         if isinstance(code, str):  # which Python prints
             error, code = error + code + "\n", 1
         assert code in (1, 2)
-        assert len(error.splitlines()) == 1 and error.endswith("\n") and "Traceback" not in error, error
+        (line,) = [line.rpartition("\r")[2] for line in error.rstrip("\n").split("\n")]  # what a progress bar leaves to be seen
+        assert error.endswith("\n") and "Traceback" not in error, error
         assert not caplog.records and not warned, "these would be further lines"
         assert seconds < 10
         assert listing(world) == before, "something was written"
-        return error
+        return line
 
     return run
 
@@ -317,13 +318,13 @@ def check(refused, name, arguments, said):
 --out decoder_run --lr 1 | decoder_run | lr 0.002, now 1.0 | choose
 --out decoder_run --data flat --seed 7 | seed 0, now 7 | images 8, now 4
 --out dit_run | dit_run/last.pt | no checkpoint of this script
---out decoder_run_text | decoder_run_text/last.pt | move
---out decoder_run_empty | decoder_run_empty/last.pt | move
+--out decoder_run_text | decoder_run_text/last.pt | put back
+--out decoder_run_empty | decoder_run_empty/last.pt | put back
 --out decoder_run_lost | decoder_run_lost | no last.pt | choose
---out decoder_run_short | decoder_run_short/last.pt | move
---out decoder_run_shape | decoder_run_shape/last.pt | move
---out decoder_run_none | decoder_run_none/last.pt | move
---out decoder_run_step | decoder_run_step/last.pt | move
+--out decoder_run_short --epochs 1 | decoder_run_short/last.pt | put back
+--out decoder_run_shape --epochs 1 | decoder_run_shape/last.pt | put back
+--out decoder_run_none --epochs 1 | decoder_run_none/last.pt | put back
+--out decoder_run_step | decoder_run_step/last.pt | put back
 """)
 def test_train_decoder(refused, arguments, said):
     check(refused, "train_decoder", arguments, said)
@@ -412,7 +413,7 @@ def test_train_decoder(refused, arguments, said):
 --fid-every 1 --fid-reference data --decoder decoder_run/decoder.pt | data | --save-stats
 --fid-every 1 --fid-reference stats64.npz --decoder decoder_run/decoder.pt | stats64.npz | --fid-reference
 --fid-every 1 --fid-reference inception_nan.npz --decoder decoder_run/decoder.pt | inception_nan.npz | finite
---fid-every 1 --fid-reference inception_mu.npz --decoder decoder_run/decoder.pt | inception_mu.npz | sigma
+--fid-every 1 --fid-reference inception_mu.npz --decoder decoder_run/decoder.pt | inception_mu.npz | --save-stats
 --fid-every 1 --fid-reference inception_sigma.npz --decoder decoder_run/decoder.pt | inception_sigma.npz | --save-stats
 --fid-every 1 --fid-reference inception.npz --decoder decoder_run/decoder.pt | --inception-weights | https
 --fid-every 1 --fid-reference inception.npz --decoder decoder_run/decoder.pt --inception-weights absent.pt | absent.pt
@@ -421,13 +422,13 @@ def test_train_decoder(refused, arguments, said):
 --out dit_run --unconditional | classes 2, now 0 | unconditional False, now True
 --out dit_run --data flat | images 8, now 4 | classes 2, now 1
 --out decoder_run | decoder_run/last.pt | no checkpoint of this script
---out dit_run_text | dit_run_text/last.pt | move
---out dit_run_empty | dit_run_empty/last.pt | move
+--out dit_run_text | dit_run_text/last.pt | put back
+--out dit_run_empty | dit_run_empty/last.pt | put back
 --out dit_run_lost | dit_run_lost | no last.pt | choose
---out dit_run_short | dit_run_short/last.pt | move
---out dit_run_shape | dit_run_shape/last.pt | move
---out dit_run_none | dit_run_none/last.pt | move
---out dit_run_step | dit_run_step/last.pt | move
+--out dit_run_short --epochs 1 | dit_run_short/last.pt | put back
+--out dit_run_shape --epochs 1 | dit_run_shape/last.pt | put back
+--out dit_run_none --epochs 1 | dit_run_none/last.pt | put back
+--out dit_run_step | dit_run_step/last.pt | put back
 """)
 def test_train_dit(refused, arguments, said):
     check(refused, "train_dit", arguments, said)
@@ -537,7 +538,7 @@ def test_sample(refused, arguments, said):
 
 @table("""
 a.npz | SAMPLES is missing
-a.npz a.npz --pairred | --pairred | did you mean --paired
+a.npz a.npz --pairred | --pairred
 absent.npz a.npz | REFERENCE absent.npz | not there
 text.npz a.npz | REFERENCE text.npz | neither a folder of images nor a whole npz
 photo.png a.npz | REFERENCE photo.png | neither a folder of images nor a whole npz
@@ -564,7 +565,7 @@ small.npz small.npz --paired | at least 16 pixels
 stats.npz a.npz --paired | stats.npz holds statistics alone
 odd.npz odd.npz | image size 20 | multiple of 8
 a.npz a.npz --features random-tin | random-tin | did you mean random-tiny
-a.npz a.npz --features incepton | incepton | did you mean inception
+a.npz a.npz --features incepton | incepton | random-tiny
 a.npz a.npz --features inception | --inception-weights | https
 a.npz a.npz --features inception --inception-weights absent.pt | absent.pt | --inception-weights
 a.npz a.npz --features inception --inception-weights text.pt | text.pt | --inception-weights

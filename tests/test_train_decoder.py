@@ -464,24 +464,6 @@ def refused(capsys, argv, code=2):
     return message
 
 
-def test_other_settings_and_other_files_are_refused(one_process, full, capsys, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(one_process[0], out)
-    argv = flags(**full, out=out)
-    for changed, reason in {
-        "--lr=0.002": "lr 0.001, now 0.002", "--tau=0.1": "tau 0.8, now 0.1", "--seed=1": "seed 0, now 1",
-    }.items():  # fmt: skip
-        message = refused(capsys, [*argv, changed])
-        assert "\n" not in message and f"{out} holds a run with other settings ({reason})" in message
-    last = torch.load(out / "last.pt", weights_only=True)
-    torch.save(last | dict(kind="train_dit"), out / "last.pt")
-    assert "last.pt is no checkpoint of this script" in refused(capsys, argv)
-    (out / "last.pt").write_bytes(b"damaged")
-    assert "last.pt is no checkpoint of this script" in refused(capsys, argv)
-    (out / "last.pt").unlink()
-    assert "holds a decoder.pt but no last.pt" in refused(capsys, argv)
-
-
 def test_offline_one_message_names_all_that_is_missing(monkeypatch, capsys, photos, tmp_path):
     """And it comes before the images are listed."""
 
@@ -499,19 +481,6 @@ def test_offline_one_message_names_all_that_is_missing(monkeypatch, capsys, phot
         "--dino-weights": "https://huggingface.co/timm/vit_small_patch8_224.dino",
     }.items():  # fmt: skip
         assert file in message and flag in message.split(file)[1].split("; ")[0], message
-
-
-def test_bad_arguments_end_in_one_line(settings, capsys, tmp_path):
-    for changes, reason in (
-        (dict(lr=0), "--lr 0.0: must be a number above 0"), (dict(tau=-1), "--tau -1.0: must be a number of at least"),
-        (dict(ema=1), "--ema 1.0: must be at least 0 and below 1"), (dict(resize=8), "--resize 8"),
-        (dict(gan_start=0.1), "--gan-start 0.1: must not come before"), (dict(size=8, lpips=1), "--size 8"),
-        (dict(data=tmp_path / "absent"), "absent: no such folder"), (dict(size=20), "image size 20"),
-        (dict(size=21, encoder_size=16), "--size 21 is no multiple of the encoder's grid"),
-        (dict(workers=-1), "--workers -1"), (dict(epochs="nan"), "--epochs nan"),
-    ):  # fmt: skip
-        message = refused(capsys, flags(**settings | changes, out=tmp_path / "run"))
-        assert reason in message and "\n" not in message and not (tmp_path / "run").exists(), message
 
 
 @pytest.mark.parametrize("part", ["decoder", "discriminator"])

@@ -481,28 +481,6 @@ def test_finished_run_says_so(base, capsys):
     assert capsys.readouterr().out == f"finished: {out}/dit.pt has its 0.003 epochs; a larger --epochs goes on\n"
 
 
-def test_folder_with_another_run_is_refused(base, capsys):
-    out, last = base
-    with pytest.raises(SystemExit, match="2"):
-        train(out, "--lr", 1e-3, "--qk-norm", steps=5)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "lr 0.003, now 0.001; qk_norm False, now True" in line and str(out) in line
-    assert_identical(read(out / "last.pt"), last)
-
-
-def test_a_decoder_folder_and_a_lone_dit_are_refused(base, tmp_path, capsys):
-    out, _ = base
-    (tmp_path / "lone").mkdir()
-    (tmp_path / "lone" / "dit.pt").write_bytes((out / "dit.pt").read_bytes())
-    (tmp_path / "other").mkdir()
-    torch.save(dict(kind="train_decoder", args={}, step=3), tmp_path / "other" / "last.pt")
-    for name, word in (("lone", "no last.pt"), ("other", "no checkpoint of this script")):
-        with pytest.raises(SystemExit, match="2"):
-            train(tmp_path / name, steps=5)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert word in line
-
-
 @pytest.mark.parametrize("moment", ["write 1", "write 2", "write 3", "move 1", "move 3"])
 def test_killed_while_saving(moment, tmp_path, monkeypatch):
     """Nothing runs after a kill, so the simulated one is no Exception; half a file is on the disk."""
@@ -682,8 +660,8 @@ def test_unconditional(tmp_path, decoder_path, monkeypatch):
     assert seen == {0} and read(tmp_path / "out" / "dit.pt")["config"]["num_classes"] == 0
 
 
-def test_init(folder, tmp_path, built, capsys):
-    """Our files and published ones; the class table is new where the counts differ; other models are refused."""
+def test_init(folder, tmp_path, built):
+    """Our files and published ones; the class table is new where the counts differ."""
     source = read(make_alive(tmp_path / "ours.pt"))
     torch.save({"ema": published_dit(dit.load_dit(tmp_path / "ours.pt")[0])}, tmp_path / "published.pt")
     table = "y_embedder.embedding_table.weight"
@@ -696,67 +674,8 @@ def test_init(folder, tmp_path, built, capsys):
     assert state.pop(table).shape == (3, MODEL["width"]) and state.keys() == source["model"].keys() - {table}
     torch.testing.assert_close(state, {key: source["model"][key] for key in state}, rtol=0, atol=1e-8)
 
-    make_alive(tmp_path / "deep.pt", depth=9)
-    file = read(tmp_path / "ours.pt")
-    torch.save(file | {"encoder": file["encoder"] | {"name": "mae-b"}}, tmp_path / "mae.pt")
-    for name, words in (
-        ("deep.pt", f"depth 9 instead of {MODEL['depth']}"),
-        ("mae.pt", "mae-b"),
-        ("none.pt", "none.pt"),
-    ):
-        capsys.readouterr()
-        with pytest.raises(SystemExit, match="2"):
-            train(tmp_path / "refused", "--init", tmp_path / name, steps=1)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert words in line
     os.remove(tmp_path / "ours.pt")  # which a resumed run needs no more
     assert train(tmp_path / "ours", "--init", tmp_path / "ours.pt", "--lr", 1e-9, "--lr-end", 0, steps=2)["step"] == 2
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--epochs", "nan"], "--epochs nan"),
-        (["--lr", "inf"], "--lr inf"),
-        (["--size", "0"], "--size 0"),
-        (["--size", "33"], "33"),
-        (["--workers", "-1"], "--workers -1"),
-        (["--save-every", "0"], "--save-every 0.0"),
-        (["--ema", "1"], "--ema 1.0"),
-        (["--decay-start", "9", "--decay-end", "3"], "--decay-end 3.0"),
-        (["--decay-end", "nan"], "--decay-end nan"),
-        (["--model", "none"], "--model"),
-        (["--preset"], "--preset"),
-        (["--data", "nowhere"], "nowhere"),
-        (["--encoder", "nothing"], "nothing"),
-        (["--model", "DiT-S", "--encoder", "dinov2-b", "--encoder-weights", "none.pt", "--size", "64"], "none.pt"),
-        (["--stats", "none.pt"], "none.pt"),
-        (["--decoder", "none.pt"], "none.pt"),
-        (["--fid-every", "1"], "--fid-reference"),
-        (["--fid-reference", "x.npz"], "--fid-every"),
-        (["--fid-every", "1", "--fid-reference", "x.npz"], "--decoder"),
-        (["--fid-every", "1", "--fid-reference", "none.npz", "--decoder", "DECODER"], "none.npz"),
-        (["--fid-every", "1", "--fid-reference", "small.npz", "--decoder", "DECODER"], "small.npz"),
-        (["--fid-every", "1", "--fid-reference", "small.npz", "--decoder", "DECODER", "--fid-num", "1"], "--fid-num"),
-        (["--fid-every", "1", "--fid-reference", "fine.npz", "--decoder", "DECODER", "--inception-weights", "none"],
-         "--inception-weights"),
-        (["--decoder", "OTHER"], "decodes other latents"),
-        (["--device", "cuda"], "--device cuda"),
-    ],
-)  # fmt: skip
-def test_bad_input_ends_in_one_line(flags, words, tmp_path, decoder_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(encoder, "latent_statistics", None)  # no work before
-    np.savez("small.npz", mu=np.zeros(3), sigma=np.eye(3))
-    np.savez("fine.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
-    file = read(decoder_path)
-    torch.save(file | {"encoder": file["encoder"] | {"name": "mae-b"}}, "other.pt")
-    flags = [{"DECODER": decoder_path, "OTHER": "other.pt"}.get(flag, flag) for flag in flags]
-    base = [*TINY[:-2], "--out", "out", "--epochs", "0.001"]
-    with pytest.raises(SystemExit, match="2"):
-        train_dit.main(base + flags)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert words in line and not os.path.exists("out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

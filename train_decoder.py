@@ -337,12 +337,13 @@ def save(files):
                 os.fsync(file.fileno())
         for path in files:
             os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
         for name in files:
             Path(f"{name}.tmp").unlink(missing_ok=True)
-        if "DataLoader" in str(error):  # one of the loader's processes has died meanwhile
-            raise
-        sys.exit(f"cannot write {path} ({error}); what was there before is untouched: make room, run again to resume")
+        cause = error.__context__ or error  # of which torch reports what follows from it
+        if "DataLoader" in str(cause):  # one of the loader's processes has died meanwhile
+            raise cause from None
+        sys.exit(f"cannot write {path} ({cause}); what was there before is untouched: make room, run again to resume")
 
 
 def claim(folder):
@@ -675,8 +676,8 @@ def main(argv=None):
         if not loader and not isinstance(error, (OSError, torch.OutOfMemoryError)):
             raise
         cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1]
-        failure = (f"stopped: {cause} The same command resumes; where memory is short: a smaller --micro-batch, "
-                   "--checkpointing, fewer --workers")  # fmt: skip
+        failure = (f"stopped: {cause.rstrip('.')}. The same command resumes; where memory is short: a smaller "
+                   "--micro-batch, --checkpointing, fewer --workers")  # fmt: skip
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -200,7 +200,7 @@ def image_source(data, size):
 
 def random_key(*numbers):
     """Hash (seed, epoch, position, ...) to 63 bits, which seed everything drawn for one image at one step."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Images(torch.utils.data.Dataset):
@@ -441,9 +441,9 @@ def load_stats(path, shape):
         raise FileNotFoundError(f"no latent statistics at {path}: give the path of a stat.pt with --stats") from None
     except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
         raise ValueError(f"{path} is not a file of tensors ({type(error).__name__}): give a stat.pt") from None
-    if not isinstance(file, dict) or not {"mean", "var"} <= file.keys():
+    if not isinstance(file, dict) or "mean" not in file or not torch.is_tensor(file.get("var")):
         found = file.get("kind", list(file)[:3]) if isinstance(file, dict) else type(file).__name__
-        raise ValueError(f"{path} holds no latent statistics, a mean and a var; found in it: {found}")
+        raise ValueError(f"{path} holds no latent statistics, a mean and a var; found in it: {found}; give a stat.pt")
     var, mean = file["var"], torch.zeros_like(file["var"]) if file["mean"] is None else file["mean"]
     for value in (mean, var):
         if value.shape != tuple(shape):
@@ -471,6 +471,13 @@ class Arguments(argparse.ArgumentParser):
         wrong = re.search("(?:invalid choice: |unrecognized arguments: )'?([^ '=]+)", message)
         names = re.findall(r"[\w-]+", message.partition("choose from")[2]) or list(self._option_string_actions)
         self.exit(2, f"{self.prog}: error: {message}{nearest(wrong[1], names) if wrong else ''}\n")
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if value == "":  # as of a variable that the shell does not know
+                self.error(f"--{name.replace('_', '-')} '': is empty, give a value or leave the flag out")
+        return args
 
     def check_out(self, path, folder=True):
         """Refuse an --out (Path) that cannot be made or written, before any work."""

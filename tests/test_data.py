@@ -1,9 +1,6 @@
 """Image files, crops, the shapes data set and the order of training images."""
 
-import multiprocessing
 import os
-import signal
-import subprocess
 
 import numpy as np
 import pytest
@@ -223,57 +220,6 @@ def test_a_batch_may_be_larger_than_the_data_set():
     assert [item for items in large.values() for item in items] == stream[:150]
 
 
-@pytest.fixture
-def damaged(tmp_path):
-    """Six images, the third of which is cut off and the fifth of which is text."""
-    for i in range(6):
-        write(tmp_path / "ab"[i % 2] / f"{i}.png", (40, 40), (40 * i, 0, 0))
-    noise = Image.effect_noise((40, 40), 90)
-    noise.save(tmp_path / "a" / "2.png")
-    content = (tmp_path / "a" / "2.png").read_bytes()
-    (tmp_path / "a" / "2.png").write_bytes(content[: len(content) // 2])
-    (tmp_path / "a" / "4.png").write_text("text")
-    return encoders.ImageFolder(tmp_path)
-
-
-def crop(image, rng):
-    return encoders.center_crop(image, 8)
-
-
-def test_unreadable_images_are_replaced_in_training(damaged, capsys):
-    images = encoders.Images(damaged, crop)
-    assert [os.path.basename(os.fsdecode(path)) for path in damaged.paths] == [f"{i}.png" for i in (0, 2, 4, 1, 3, 5)]
-    good, label, key, replaced = images[3, 77]
-    assert (good.dtype, tuple(good.shape), label, key, replaced) == (torch.uint8, (3, 8, 8), 1, 77, 0)
-    for index in (1, 2):
-        seen = set()
-        for key in range(60):
-            image, label, _, replaced = images[index, key]
-            assert torch.equal(image, images[index, key][0]), "the same key, the same replacement"
-            red = int(image[0, 0, 0])
-            assert replaced >= 1 and label == red // 40 % 2, "the label is that of the image that stands in"
-            seen.add(red)
-        assert seen == {0, 40, 120, 200}, "any other image may stand in"
-    assert "2.png" in capsys.readouterr().err
-
-
-def test_unreadable_images_are_an_error_in_evaluation(damaged):
-    images = encoders.Images(damaged, crop, strict=True)
-    for index, name in ((1, "2.png"), (2, "4.png")):
-        with pytest.raises(ValueError, match=name) as error:
-            images[index, 0]
-        assert "\n" not in str(error.value)
-    images[0, 0]
-
-
-def test_training_stops_where_nothing_can_be_read(tmp_path, capsys):
-    write(tmp_path / "1.png")
-    (tmp_path / "1.png").write_text("text")
-    with pytest.raises(ValueError, match="1.png"):
-        encoders.Images(encoders.ImageFolder(tmp_path), crop)[0, 0]
-    assert capsys.readouterr().err.count("unreadable") == 100
-
-
 def test_a_mistake_in_a_transform_of_shapes_is_not_hidden():
     with pytest.raises(ValueError, match="low >= high|high <= 0"):
         encoders.Images(encoders.Shapes(10, 16), lambda image, rng: encoders.random_crop(image, 8, 16, rng))[0, 0]
@@ -295,24 +241,6 @@ def test_loader_processes_draw_the_same_images():
         Image.fromarray(one[0][0][1].numpy().transpose(1, 2, 0)),
         encoders.random_crop(encoders.Shapes(20, 16).draw(index)[0], 24, 16, np.random.default_rng(key)),
     ).getbbox() is None  # fmt: skip
-
-
-def test_loader_processes_outlive_signals_but_their_trainer_s():
-    images = encoders.Images(encoders.Shapes(12, 16), lambda image, rng: image)
-    loader = iter(encoders.make_loader(images, [[(i, i)] for i in range(12)], 1, "cpu"))
-    batches = [next(loader)]
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGINT)
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as the cluster's manager would
-    batches += loader  # more than it had prepared
-    assert [batch[2].item() for batch in batches] == list(range(12))
-
-    loader = iter(encoders.make_loader(images, [[(i, i)] for i in range(12)], 1, "cpu"))
-    next(loader)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGTERM)  # as Python does at its end
-    worker.join(10)
-    assert worker.exitcode == 0
 
 
 def test_what_data_names(tmp_path):

@@ -318,26 +318,3 @@ def test_reconstruct_a_folder(upsampling, tmp_path, workers):
     photos[0].save(tmp_path / "in" / "9.png")  # the folder has grown: not what was finished
     with pytest.raises(SystemExit):
         images(tmp_path / "recon.npz", *arguments)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_stops_the_reconstruction_in_one_line(upsampling, tmp_path, workers, capsys, monkeypatch):
-    write = Image.effect_noise((90, 70), 40).convert("RGB").save
-    for i in range(3):
-        write(tmp_path / f"{i}.png")
-    (tmp_path / "1.png").write_text("text")
-    if workers:  # what a loader with processes raises
-
-        def wrapped(*_):
-            head = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):"
-            raise ValueError(f"{head}\n  File x\nValueError: cannot read 1.png (text): repair or remove it\n")
-            yield
-
-        monkeypatch.setattr(encoders, "make_loader", wrapped)
-    with pytest.raises(SystemExit) as exit:
-        images(
-            tmp_path / "x.npz", "--decoder", "upsampling.pt", "--reconstruct", tmp_path, "--batch", 1, "--workers", 0
-        )
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert exit.value.code == 2 and "error: cannot read " in error and "1.png (" in error and "repair" in error
-    assert not (tmp_path / "x.npz").exists()

@@ -1,0 +1,239 @@
+"""Does training survive SIGKILL? Both stages in small, about two minutes, run by hand:
+
+    python tests/kill_check.py [--kills 20] [--seed 0]
+
+Each stage is trained undisturbed, and once more while it is killed again and again and resumed by the same command: at
+random moments, two kills of three while a checkpoint is being written. After each kill, every checkpoint on the disk
+must load; at the end all files must hold, bit for bit, what the undisturbed run has left. Prints a line for each kill;
+exit code 1 if anything was lost, or if no kill fell into a write. tests/test_faults.py does the same with three kills.
+"""
+
+import argparse
+import contextlib
+import csv
+import importlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+# Runs are forked from a process that has imported the scripts: that takes seconds, which each run would need again.
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2] + os.environ.get("PYTHONPATH", "").split(os.pathsep))
+os.environ["OMP_NUM_THREADS"] = "1"
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train_decoder", "train_dit"])
+
+import torch  # noqa: E402
+from test_losses import save_tiny_dino  # noqa: E402
+
+import decoder as decoders  # noqa: E402
+import dit  # noqa: E402
+import encoder as encoders  # noqa: E402
+
+BATCH = {"train_decoder": 4, "train_dit": 8}
+IMAGES = 20
+TIMING = ("images_per_s", "memory_gb")  # the columns of log.csv in which runs differ
+
+
+def prepare(folder, steps):
+    """Images in two classes and a small DINO; returns {script: its arguments but --out} for a run of so many steps.
+
+    A checkpoint and a row of the log in every step; two loader processes; the discriminator is at work from step 2 on.
+    """
+    shapes = encoders.Shapes(IMAGES, 32)
+    for i in range(IMAGES):
+        (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        shapes.open(i)[0].save(folder / "images" / "ab"[i % 2] / f"{i}.png")
+    save_tiny_dino(folder / "dino.pt")
+    flags = {}
+    for script, batch in BATCH.items():
+        flags[script] = ["--preset", "demo", "--data", folder / "images", "--batch", batch, "--micro-batch", batch,
+                         "--epochs", steps * batch / IMAGES, "--save-every", batch / IMAGES, "--log-every", 1,
+                         "--workers", 2, "--device", "cpu"]  # fmt: skip
+    flags["train_decoder"] += ["--size", 16, "--gan", 0.75, "--disc-start", 0.4, "--gan-start", 0.8, "--dino-weights",
+                               folder / "dino.pt", "--preview-every", 1]  # fmt: skip
+    flags["train_dit"] += ["--stats-images", 16, "--keep-every", 2, "--preview-every", 0]
+    return {script: [str(flag) for flag in argv] for script, argv in flags.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run in a process of its own
+
+
+def script_main(script, argv, terminal, alive):
+    """What the process does: the script's main(), its terminal a file. It and its loader's processes hold `alive`."""
+    os.setsid()  # a process group, as the shell gives to a command
+    with open(terminal, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, as for a command
+    torch.set_num_threads(1)
+    importlib.import_module(script).main(argv)
+
+
+def start(script, argv, out):
+    """The running process, and a connection that ends when it and all of its children are gone."""
+    gone, alive = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=script_main, args=(script, [*argv, "--out", str(out)], f"{out}.txt", alive))
+    process.start()
+    alive.close()
+    return process, gone
+
+
+def terminal(out):
+    """What all runs into this folder have printed."""
+    return Path(f"{out}.txt").read_text()
+
+
+def logged(out):
+    """The last step in log.csv, which has a row for each."""
+    path = out / "log.csv"
+    return max(path.read_text().count("\n") - 1, 0) if path.exists() else 0
+
+
+def partial(out):
+    """Checkpoints that are being written, or were when the run was killed: {(name, size, time of the last change)}."""
+    found = set()
+    for path in out.glob("*.pt.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # moved into its place meanwhile
+            status = path.stat()
+            found.add((path.name, status.st_size, status.st_mtime_ns))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must hold
+
+
+def damage(script, out):
+    """What is wrong with the checkpoints in a folder; nothing should ever be."""
+    results = {"train_decoder": ("decoder", decoders.load_decoder), "train_dit": ("dit", dit.load_dit)}
+    name, load = results[script]
+    problems, step = [], 0
+    for path in sorted(out.glob("*.pt"), reverse=True):  # last.pt before dit.pt and decoder.pt
+        try:
+            content = torch.load(path, weights_only=True)
+            if path.name.startswith(name):
+                load(path)
+        except Exception as error:
+            problems.append(f"{path.name} does not load: {error}")
+            continue
+        step = content["step"] if path.name == "last.pt" else step
+        if path.name == f"{name}.pt" and round(content["epoch"] * IMAGES / BATCH[script]) < step:
+            problems.append(f"{path.name} is of epoch {content['epoch']}, behind last.pt of step {step}")
+    return problems
+
+
+def leaves(value, prefix=""):
+    """A nested dictionary or list as {path: value}."""
+    if not isinstance(value, (dict, list)):
+        return {prefix: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for name, inner in items for key, leaf in leaves(inner, f"{prefix}/{name}").items()}
+
+
+def read(path):
+    """The content of a file of a run, without what depends on the time of day."""
+    if path.suffix == ".pt":
+        return leaves(torch.load(path, weights_only=True))
+    if path.suffix == ".csv":
+        with open(path) as file:
+            return leaves([{key: row[key] for key in row if key not in TIMING} for row in csv.DictReader(file)])
+    return {"bytes": path.read_bytes()}
+
+
+def differences(out, whole):
+    """What two folders of runs differ in: files, or the first value in one of them."""
+    names, wanted = ({path.name for path in folder.iterdir()} for folder in (out, whole))
+    problems = [f"{name} is in one of {out} and {whole} only" for name in sorted(names ^ wanted)]
+    for name in sorted(names & wanted):
+        a, b = read(out / name), read(whole / name)
+        apart = [key for key in {**a, **b} if key not in a or key not in b or not same(a[key], b[key])]
+        problems += [f"{name} differs from the undisturbed run's, first in {apart[0]}"] if apart else []
+    return problems
+
+
+def same(a, b):
+    return torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else a == b
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The check
+
+
+def run_whole(script, argv, out):
+    """Train without a disturbance; returns what went wrong."""
+    process, _ = start(script, argv, out)
+    process.join()
+    return [] if process.exitcode == 0 else [f"{script} ended with {process.exitcode}: {terminal(out)[-2000:]}"]
+
+
+def kill_once(script, argv, out, in_write, bytes_of_a_save, rng):
+    """Start or resume, and kill; returns (where, whether a checkpoint was being written, problems, connection)."""
+    before, first = partial(out), logged(out)
+    step, size = first + rng.randint(0, 2), rng.uniform(0, 0.9) * bytes_of_a_save
+    process, gone = start(script, argv, out)
+    while process.is_alive() and logged(out) < step:
+        time.sleep(0.001)
+    if in_write:
+        while process.is_alive() and sum(size for _, size, _ in partial(out) - before) <= size:
+            pass
+    else:
+        process.join(rng.uniform(0, 1))
+    process.kill()
+    process.join()
+    written = sorted(partial(out) - before)
+    where = f"{script}: step {logged(out)}" + "".join(f", {n / 1e6:.1f} MB of {name[:-4]}" for name, n, _ in written)
+    ended = process.exitcode == -signal.SIGKILL
+    problems = [] if ended else [f"{script} ended with {process.exitcode} unasked: {terminal(out)[-2000:]}"]
+    return where, bool(written), problems + damage(script, out), gone
+
+
+def survives(script, argv, whole, out, kills, rng, say=print):
+    """Kill and resume a run into `out`, then compare it with `whole`. Returns (kills inside of a write, problems)."""
+    inside, connections = 0, []
+    bytes_of_a_save = sum(path.stat().st_size for path in whole.glob("*.pt") if "-" not in path.name)
+    for i in range(kills):
+        where, written, problems, gone = kill_once(script, argv, out, i % 3 < 2, bytes_of_a_save, rng)
+        say(f"kill {i + 1:2} {where}{', inside of a write' if written else ''}", flush=True)
+        inside += written
+        connections.append(gone)
+        if problems:
+            return inside, problems
+    problems = run_whole(script, argv, out) or differences(out, whole)
+    for gone in connections:
+        if not gone.poll(30):
+            problems.append("30 s after a kill, processes of the loader are still alive")
+    return inside, problems
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=20, help="of each of the two stages")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args(argv)
+    rng, failed = random.Random(args.seed), False
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for script, flags in prepare(folder, steps=3 * args.kills + 4).items():
+            whole, out = folder / f"{script}-whole", folder / f"{script}-killed"
+            inside, problems = 0, run_whole(script, flags, whole)
+            if not problems:
+                inside, problems = survives(script, flags, whole, out, args.kills, rng)
+            if not inside:
+                problems.append("no kill fell into the write of a checkpoint")
+            verdict = "; ".join(problems) or "nothing lost, all files equal the undisturbed run's"
+            print(f"{script}: {args.kills} kills, {inside} of them inside of a write: {verdict}", flush=True)
+            failed |= bool(problems)
+    print("FAILED" if failed else "passed")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

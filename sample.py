@@ -272,7 +272,9 @@ def main(argv=None):
                 try:
                     pixels, *_ = next(loader)  # (B, 3, S, S) uint8
                 except ValueError as error:  # an unreadable image; a loader process puts its traceback in front
+                    bar.leave = False
                     bar.close()
+                    output.raw.unlink(missing_ok=True)
                     parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
                 z = encoder(pixels.to(device, non_blocking=True).float() / 255)
             else:

@@ -92,7 +92,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     paths = [args.runs / "decoder" / "decoder.pt", args.runs / "dit" / "dit.pt"]
     if missing := [str(path) for path in paths if not path.is_file()]:
-        parser.error(f"{' and '.join(missing)} missing: run the demo first, as the README says")
+        sys.exit(f"{' and '.join(missing)} missing: run the demo first, as the README says")
     decoder, _ = decoders.load_decoder(paths[0])
     model, info = dit.load_dit(paths[1])
     size, classes = info["encoder"]["image_size"], encoders.Shapes.classes

@@ -671,6 +671,10 @@ def main(argv=None):
         run(args)
     except ModuleNotFoundError as error:
         parser.error(f"{error}: folders of images and encoders need encoder.py beside this file")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        parser.error(str(error.__cause__ or error).strip())  # how its process has died
     except ValueError as error:  # whose last line it is where a loader's process has put its traceback before
         parser.error(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
 

@@ -271,11 +271,12 @@ def main(argv=None):
             if args.reconstruct:
                 try:
                     pixels, *_ = next(loader)  # (B, 3, S, S) uint8
-                except ValueError as error:  # an unreadable image; a loader process puts its traceback in front
+                except (RuntimeError, ValueError) as error:  # an unreadable image, or a dead process of the loader
                     bar.leave = False
                     bar.close()
                     output.raw.unlink(missing_ok=True)
-                    parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
+                    reason = str(error.__cause__ or error).strip()  # a process that lives puts its traceback in front
+                    parser.error(reason.splitlines()[-1].removeprefix("ValueError: "))
                 z = encoder(pixels.to(device, non_blocking=True).float() / 255)
             else:
                 y = torch.tensor([labels[i] for i in part], device=device)

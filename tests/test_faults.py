@@ -80,6 +80,9 @@ def begun(flags, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no run of the demo is found
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nothing handles SIGTERM"))
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def train(script, argv, out, *more):
@@ -158,7 +161,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "save, moment",
     [("first", "last.pt half written"), ("first", "last.pt not moved"), ("final", "last.pt half written"),
-     ("final", "nothing moved"), ("final", "last.pt not moved")],
+     ("final", "nothing moved"), ("final", "last.pt not moved"), ("final", "log.csv not moved")],
 )  # fmt: skip
 def test_killed_at_a_moment_that_is_rarely_met(save, moment, script, flags, whole, begun, tmp_path, monkeypatch):
     """Then last.pt is the old one, no file is behind it, and the same command ends with the undisturbed run's files."""
@@ -454,9 +457,26 @@ def test_broken_images_are_an_error_in_evaluation(damaged):
     images[0, 0]
 
 
+EVALUATIONS = {
+    "sample": (sample, ["--reconstruct", "IMAGES", "--decoder", "DECODER", "--out", "out.npz"]),
+    "fid": (fid, ["IMAGES", "--save-stats", "out.npz", "--features", "random-tiny", "--size", "16"]),
+}
+
+
+def refused_evaluation(script, whole, images, workers, capsys):
+    """The last line on stderr."""
+    module, argv = EVALUATIONS[script]
+    paths = {"IMAGES": str(images), "DECODER": str(whole("train_decoder") / "decoder.pt")}
+    with pytest.raises(SystemExit, match="2"):
+        module.main([paths.get(flag, flag) for flag in argv]
+                    + ["--batch", "1", "--workers", str(workers), "--device", "cpu"])  # fmt: skip
+    end_children()
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "vanished"])
-@pytest.mark.parametrize("script", ["sample", "fid"])
+@pytest.mark.parametrize("script", EVALUATIONS)
 def test_an_evaluation_ends_with_the_broken_image_s_path(script, how, workers, whole, tmp_path, monkeypatch, capsys):
     """Nothing is written. The image vanishes after the folder has been read."""
     for i in range(3):
@@ -468,15 +488,7 @@ def test_an_evaluation_ends_with_the_broken_image_s_path(script, how, workers, w
         return found
 
     monkeypatch.setattr(encoders, "find_images", listed)
-    decoder = whole("train_decoder") / "decoder.pt"
-    argv = {
-        "sample": ["--decoder", decoder, "--reconstruct", tmp_path / "in", "--out", "out.npz", "--batch", 1],
-        "fid": [tmp_path / "in", "--save-stats", "out.npz", "--features", "random-tiny", "--size", 16, "--batch", 1],
-    }[script]
-    with pytest.raises(SystemExit, match="2"):
-        {"sample": sample, "fid": fid}[script].main([*map(str, argv), "--workers", str(workers), "--device", "cpu"])
-    end_children()
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = refused_evaluation(script, whole, tmp_path / "in", workers, capsys)
     assert f"error: cannot read {tmp_path}/in/1.png (" in line and line.endswith(": repair or remove it")
     assert not (tmp_path / "out.npz").exists()
 
@@ -496,6 +508,14 @@ def test_training_ends_where_nothing_can_be_read(script, workers, flags, tmp_pat
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loader processes that die, gradients that are not finite
+
+
+@pytest.mark.parametrize("script", EVALUATIONS)
+def test_a_dead_loader_process_ends_an_evaluation_with_its_cause(script, whole, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "in" / "1.png"), write(tmp_path / "in" / "2.png")
+    monkeypatch.setattr(encoders, "open_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    line = refused_evaluation(script, whole, tmp_path / "in", 1, capsys)
+    assert "error: DataLoader worker (pid " in line and "is killed by signal: Killed." in line
 
 
 @both_stages

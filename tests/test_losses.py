@@ -100,7 +100,7 @@ def test_spectral_norm_bounds_every_convolution(discriminator):
     with torch.no_grad():
         for convolution in convolutions:
             convolution.parametrizations.weight.original.mul_(7)
-            for _ in range(100):
+            for _ in range(500):
                 convolution.weight  # noqa: B018 (in training mode each access is one iteration)
             assert torch.linalg.matrix_norm(convolution.weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-3)
 
@@ -165,7 +165,7 @@ def test_unusable_backbones_are_refused_in_one_line(tmp_path, caplog):
     torch.save({key: value for key, value in state.items() if key != "norm.bias"}, tmp_path / "short.pt")
     save_tiny_dino(tmp_path / "shallow.pt", depth=11)
     for name, reason in {
-        "absent.pt": "FileNotFoundError", "text.pt": "", "other.pt": "patch_embed", "pickle.pt": "weights_only",
+        "absent.pt": "FileNotFoundError", "text.pt": "", "other.pt": "patch_embed", "pickle.pt": "UnpicklingError",
         "short.pt": "norm.bias", "shallow.pt": "11 blocks",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match="--dino-weights") as error:

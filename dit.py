@@ -416,5 +416,5 @@ def load_dit(path):
         info = {} if published else {key: file[key] for key in ("stats", "encoder", "shift", "label_dropout", "epoch")}
     except Exception as error:  # a key is missing, or a size is not as it should be
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ValueError(f"{path} is damaged or of another version ({reason})") from None
+        raise ValueError(f"{path} is damaged or of another version ({reason}): {fix}") from None
     return model.eval().requires_grad_(False), info

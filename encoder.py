@@ -57,7 +57,8 @@ def find_images(root):
             inside[:] = sorted(name for name in inside if not name.startswith("."))
             paths += [os.path.join(parent, name) for name in sorted(files) if is_image(name)]
         if len(paths) == before:
-            raise ValueError(f"{folder} holds no images that Pillow reads" + (": fill or remove it" if folders else ""))
+            fix = "fill or remove it" if folders else "give a folder of images"
+            raise ValueError(f"{folder} holds no images that Pillow reads: {fix}")
         labels += [label] * (len(paths) - before)
     return paths, labels, [folder.name for folder in folders] or [root.resolve().name]
 
@@ -328,7 +329,7 @@ class Encoder(nn.Module):
             torch.manual_seed(0)  # the weights of random-tiny; the others get theirs once all is known to fit
             self.vit = timm.create_model(row["model"], num_classes=0, **vit)
         if not isinstance(self.vit, (timm.models.VisionTransformer, timm.models.Eva)):
-            raise ValueError(f"encoder {name} is a {type(self.vit).__name__}, not a vision transformer with tokens")
+            raise ValueError(f"encoder {name} is a {type(self.vit).__name__}: choose a vision transformer")
         patch = self.vit.patch_embed.feat_ratio()
         multiple = 16 if patch == 14 else patch
         if image_size < 1 or image_size % multiple:

@@ -465,10 +465,10 @@ class Side:
                 if "mu" in npz and (str(npz["features"]) if "features" in npz else "inception") == args.features:
                     self.statistics = {key: npz[key] for keys in STATISTICS for key in keys if key in npz}
                     self.count = int(npz["count"]) if "count" in npz else None
-                    if not all(np.isfinite(x).all() for x in self.statistics.values()):
-                        raise ValueError("holds statistics that are not finite: measure them again")
+                    if not all(x.dtype.kind in "fiu" and np.isfinite(x).all() for x in self.statistics.values()):
+                        raise ValueError("holds statistics that are not finite numbers: measure them again")
                 if self.images is None and not self.statistics:
-                    raise ValueError(f"holds {npz.files}: give images (arr_0) or statistics of {args.features}")
+                    raise ValueError(f"holds {npz.files[:5]}: give images (arr_0) or statistics of {args.features}")
         if self.images is not None:
             self.count = len(self.images)
             if self.count < 2:

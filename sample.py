@@ -113,7 +113,7 @@ def load_models(args):
     guide = None
     if args.guide:
         if args.scale == 1:
-            raise ValueError("--guide needs a --scale: the paper has 1.42 at 256 px and 1.5 at 512 px")
+            raise ValueError(f"--guide {args.guide} needs a --scale: the paper has 1.42 at 256 px and 1.5 at 512 px")
         guide, theirs = dits.load_dit(args.guide)
         ours = {key: model.config[key] for key in ("latent_dim", "grid", "num_classes")} | {"encoder": name}
         theirs = guide.config | {"encoder": theirs.get("encoder", {}).get("name", name)}

@@ -139,7 +139,7 @@ def parse_args(argv):
     if bool(args.fid_every) != bool(args.fid_reference):
         parser.error("--fid-every EPOCHS and --fid-reference NPZ need each other")
     if args.fid_every and (not args.decoder or args.fid_num < 2):
-        parser.error(f"--fid-every: needs a --decoder (there is no {default}) and a --fid-num of at least 2")
+        parser.error(f"--fid-every needs a --decoder (there is no {default}), and --fid-num {args.fid_num} at least 2")
     return parser, args
 
 

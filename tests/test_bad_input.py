@@ -252,7 +252,7 @@ def check(refused, name, arguments, said):
 --discstart 1 | --discstart | did you mean --disc-start
 --data absent | --data absent | folder
 --data photo.png | photo.png | folder
---data empty | empty | no images
+--data empty | empty | no images | give
 --data texts | texts | no images
 --data hole | hole/nothing | remove
 --data loose | loose | stray.png | move
@@ -419,7 +419,7 @@ def test_train_decoder(refused, arguments, said):
 --fid-every 1 | --fid-reference
 --fid-reference inception.npz | --fid-every
 --fid-every 1 --fid-reference inception.npz | --decoder
---fid-every 1 --fid-reference inception.npz --fid-num 1 --decoder decoder_run/decoder.pt | --fid-num
+--fid-every 1 --fid-reference inception.npz --fid-num 1 --decoder decoder_run/decoder.pt | --fid-num 1
 --fid-every 1 --fid-reference absent.npz --decoder decoder_run/decoder.pt | absent.npz | --fid-reference
 --fid-every 1 --fid-reference data --decoder decoder_run/decoder.pt | data | --save-stats
 --fid-every 1 --fid-reference stats64.npz --decoder decoder_run/decoder.pt | stats64.npz | --fid-reference
@@ -457,7 +457,7 @@ def test_train_dit(refused, arguments, said):
 --dit list.pt | list.pt | list
 --dit foreign.pt | foreign.pt | weight
 --dit dit_cut.pt | dit_cut.pt | give
---dit dit_short.pt | dit_short.pt | weight
+--dit dit_short.pt | dit_short.pt | weight | give
 --dit dit_shape.pt | dit_shape.pt | weight
 --dit dit_nan.pt | dit_nan.pt | finite
 --dit dit_statless.pt | dit_statless.pt | stats
@@ -485,7 +485,7 @@ def test_train_dit(refused, arguments, said):
 --stats stage2.pt | stage2.pt | no latent statistics | t_embedder.W
 --stats stat_nan.pt --dit dit_run/dit.pt --decoder decoder_run/decoder.pt | stat_nan.pt | finite
 --stats stat_negative.pt --dit dit_run/dit.pt --decoder decoder_run/decoder.pt | stat_negative.pt | negative
---guide guide.pt | --guide | 1.42
+--guide guide.pt | --guide guide.pt | 1.42
 --guide absent.pt --scale 2 | absent.pt | give
 --guide guide4.pt --scale 2 | guide4.pt | num_classes 4 instead of 6
 --guide guide_grid.pt --scale 2 | guide_grid.pt | grid 2 instead of 4
@@ -532,7 +532,7 @@ def test_train_dit(refused, arguments, said):
 --out text.npz | text.npz | --overwrite
 --reconstruct '' | --reconstruct ''
 --reconstruct absent | absent | --reconstruct
---reconstruct empty --decoder decoder_run/decoder.pt | empty | no images
+--reconstruct empty --decoder decoder_run/decoder.pt | empty | no images | give
 --reconstruct hole --decoder decoder_run/decoder.pt | hole/nothing | remove
 --reconstruct text.pt --decoder decoder_run/decoder.pt | text.pt | --reconstruct
 --reconstruct damaged --decoder decoder_run/decoder.pt --out x.npz | damaged/1.png | repair
@@ -571,7 +571,7 @@ inception.npz a.npz | inception.npz: holds ['mu', 'sigma']: give images
 stats64.npz a.npz | stats64.npz | has D = 128
 stats_mu.npz a.npz | stats_mu.npz | has D = 128
 stats_nan.npz a.npz | stats_nan.npz | finite
-stats_words.npz a.npz | stats_words.npz
+stats_words.npz a.npz | stats_words.npz | measure
 stats.npz stats_nan.npz | stats_nan.npz | finite
 a.npz five.npz --paired | not 4 images of 16 x 16 and 5 images of 16 x 16
 a.npz wide.npz | not 4 images of 16 x 16 and 4 images of 24 x 16

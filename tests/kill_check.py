@@ -182,16 +182,17 @@ def kill_once(script, argv, out, in_write, bytes_of_a_save, rng):
     while process.is_alive() and logged(out) < step:
         time.sleep(0.001)
     if in_write:
-        while process.is_alive() and sum(size for _, size, _ in partial(out) - before) <= size:
-            pass
+        while process.is_alive() and sum(n for _, n, _ in partial(out) - before) <= size:
+            time.sleep(0.0002)
     else:
-        process.join(rng.uniform(0, 1))
+        process.join(rng.uniform(0, 1 if step == first else 0.1))  # the start takes longer than a step
     process.kill()
     process.join()
     written = sorted(partial(out) - before)
     where = f"{script}: step {logged(out)}" + "".join(f", {n / 1e6:.1f} MB of {name[:-4]}" for name, n, _ in written)
-    ended = process.exitcode == -signal.SIGKILL
-    problems = [] if ended else [f"{script} ended with {process.exitcode} unasked: {terminal(out)[-2000:]}"]
+    where += ", which was its last" if process.exitcode == 0 else ""
+    ended = process.exitcode in (-signal.SIGKILL, 0)
+    problems = [] if ended else [f"{script} ended with {process.exitcode}: {terminal(out)[-2000:]}"]
     return where, bool(written), problems + damage(script, out), gone
 
 

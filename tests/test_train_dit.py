@@ -177,7 +177,7 @@ def test_learning_rate_of_the_steps(tmp_path):
 
 def by_hand(index, place, out):
     """One image's part of the first step, from the definitions: latents x, noise, unshifted t, dropped, label."""
-    key = int(np.random.SeedSequence((0, 0, place)).generate_state(1, np.uint64)[0] >> 1)
+    key = int(np.random.SeedSequence((0, 0, place)).generate_state(1, np.uint64)[0]) >> 1
     image, label = encoder.Shapes(8000, 32).open(index)
     pixels = torch.from_numpy(np.asarray(image).copy())
     if np.random.default_rng(key).random() < 0.5:
@@ -248,7 +248,7 @@ def test_statistics_of_the_latents(base):
     out, last = base
     latents = []
     for index in np.random.default_rng(0).permutation(8000)[:16]:
-        key = int(np.random.SeedSequence((0, int(index))).generate_state(1, np.uint64)[0] >> 1)
+        key = int(np.random.SeedSequence((0, int(index))).generate_state(1, np.uint64)[0]) >> 1
         image, _ = encoder.Shapes(8000, 32).open(index)
         pixels = torch.from_numpy(np.asarray(image).copy())
         pixels = pixels.flip(1) if np.random.default_rng(key).random() < 0.5 else pixels

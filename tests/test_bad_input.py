@@ -188,6 +188,7 @@ def build(folder):
     data[200_000:200_100] = bytes(100)
     (folder / "later.npz").write_bytes(data)
     (folder / "scores.json").write_text("{}")
+    (folder / "locked").mkdir(mode=0o555)
 
 
 def listing(folder):
@@ -625,6 +626,15 @@ def test_fid(refused, arguments, said):
 def test_what_is_missing(refused, name, command, said):
     error = refused(COMMANDS[name][0].main, command.split())
     assert all(part in error for part in said), error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("name, arguments", [
+    ("train_decoder", "--out locked/run"), ("train_dit", "--out locked"), ("sample", "--out locked/x.png"),
+    ("sample", "--out locked/x"), ("fid", "a.npz a.npz --json locked/x.json"), ("fid", "a.npz --save-stats locked/x"),
+])  # fmt: skip
+def test_folders_that_may_not_be_written(refused, name, arguments):
+    check(refused, name, arguments, ["locked", "change" if name == "fid" else "choose"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import contextlib
 import csv
 import importlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -21,21 +22,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from test_losses import save_tiny_dino
+
+import decoder as decoders
+import dit
+import encoder as encoders
+
 TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 # Runs are forked from a process that has imported the scripts: that takes seconds, which each run would need again.
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2] + os.environ.get("PYTHONPATH", "").split(os.pathsep))
-os.environ["OMP_NUM_THREADS"] = "1"
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train_decoder", "train_dit"])
-
-import torch  # noqa: E402
-from test_losses import save_tiny_dino  # noqa: E402
-
-import decoder as decoders  # noqa: E402
-import dit  # noqa: E402
-import encoder as encoders  # noqa: E402
-
 BATCH = {"train_decoder": 4, "train_dit": 8}
 IMAGES = 20
 TIMING = ("images_per_s", "memory_gb")  # the columns of log.csv in which runs differ
@@ -77,8 +76,18 @@ def script_main(script, argv, terminal, alive):
     importlib.import_module(script).main(argv)
 
 
+def start_server():
+    """The process that runs are forked from, if it is not there yet; it needs to find the scripts."""
+    environment = dict(os.environ)
+    os.environ |= {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 def start(script, argv, out):
     """The running process, and a connection that ends when it and all of its children are gone."""
+    start_server()
     gone, alive = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=script_main, args=(script, [*argv, "--out", str(out)], f"{out}.txt", alive))
     process.start()

@@ -87,8 +87,6 @@ def parse_args(argv):
     ending, photo = args.out.suffix.lower(), args.reconstruct and os.path.isfile(args.reconstruct)
     if ending in Image.registered_extensions().keys() - {".png"} | {".npy", ".pt"} or photo and ending != ".png":
         parser.error(f"--out {args.out}: give a .png" + ("" if photo else ", an .npz, or a folder for PNG files"))
-    if args.reconstruct and args.reconstruct != "shapes" and not os.path.exists(args.reconstruct):
-        parser.error(f"--reconstruct {args.reconstruct}: not there; give a photo, a folder of images, or `shapes`")
     if photo and args.out.exists() and os.path.samefile(args.reconstruct, args.out):
         parser.error(f"--out {args.out} is the photo itself: choose another")
     parser.check_out(args.out, folder=ending not in (".png", ".npz"))
@@ -225,6 +223,8 @@ def main(argv=None):
     settings |= {f"{key} of": os.path.getmtime(path) for key, path in settings.items() if os.path.isfile(str(path))}
     try:
         if args.reconstruct:
+            if args.reconstruct != "shapes" and not os.path.exists(args.reconstruct):
+                raise ValueError(f"--reconstruct {args.reconstruct}: not there; give a photo, a folder, or `shapes`")
             decoder, record = load_decoder(args)
             encoder = encoders.Encoder(record["name"], record["image_size"], args.encoder_weights)
             if (encoder.latent_dim, encoder.grid) != (decoder.config["latent_dim"], decoder.config["grid"]):

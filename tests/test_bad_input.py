@@ -96,7 +96,6 @@ def build(folder):
     torch.save({"weight": torch.ones(2)}, "foreign.pt")
     torch.save({"model": Trap()}, "trap.pt")
     (folder / "trap.bin").write_bytes(pickle.dumps({"model": Trap()}, protocol=2))  # without torch's archive around it
-    shutil.copy("photo.png", "photo.pt")
 
     # our files: true runs of one step, whose checkpoints are then spoilt
     for name, (script, command) in list(COMMANDS.items())[:2]:
@@ -127,7 +126,6 @@ def build(folder):
     for name, var in bad.items():
         torch.save({"mean": None, "var": var}, f"stat_{name}.pt")
     changed("dit_statless.pt", "dit_run/dit.pt", stats=None)
-    changed("dit_undropped.pt", "dit_run/dit.pt", label_dropout=0.0)
     model = diffusion_model(latent_dim=128, num_classes=2, allow_narrow=True)
     ours("dit_deep.pt", "dit", model, stats=torch.load("stat_run.pt"), shift=1.0, label_dropout=0.1, epoch=1.0)
 
@@ -144,7 +142,6 @@ def build(folder):
     ours("mae.pt", "decoder", small_decoder(), "mae-b"), ours("tiny.pt", "decoder", small_decoder())
     rest = dict(stats=torch.load("stat.pt") | {"mean": torch.zeros(8, 4, 4)}, shift=1.0, label_dropout=0.1, epoch=1.0)
     ours("mae_guide.pt", "dit", diffusion_model(seed=1), "mae-b", **rest)
-    ours("tiny_guide.pt", "dit", diffusion_model(seed=1), **rest)
     ours("unconditional.pt", "dit", diffusion_model(num_classes=0), **rest)
     ours("undropped.pt", "dit", diffusion_model(), **rest | dict(label_dropout=0.0))
 

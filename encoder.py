@@ -478,7 +478,18 @@ class Arguments(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if value == "":  # as of a variable that the shell does not know
                 self.error(f"--{name.replace('_', '-')} '': is empty, give a value or leave the flag out")
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            self.error("--device cuda: PyTorch finds no GPU here, use --device cpu")
         return args
+
+    def check_numbers(self, args, above=(), least=()):
+        """Refuse arguments that are not above 0, or at least 0, or more than a generator or a schedule takes."""
+        for name in (*above, *least):
+            value = 1 if getattr(args, name) is None else getattr(args, name)
+            if not 0 <= value < 2**63 or name in above and not value:
+                bound = "above" if name in above else "of at least"
+                self.error(f"--{name.replace('_', '-')} {value}: must be a number {bound} 0 and below 2^63")
 
     def check_out(self, path, folder=True):
         """Refuse an --out (Path) that cannot be made or written, before any work."""

@@ -12,7 +12,6 @@ The published checkpoints (nyu-visionx/RAE-collections) go through the same flag
 """
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -71,19 +70,11 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     args.dit = args.dit or f"runs/{args.preset}/dit/dit.pt"
     args.decoder = args.decoder or f"runs/{args.preset}/decoder/decoder.pt"
-    args.out, args.device = Path(args.out), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here; give --device cpu")
-    for name in ("per_class", "num_samples", "steps", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    args.out = Path(args.out)
+    parser.check_numbers(args, above=("per_class", "num_samples", "steps", "batch"), least=("seed", "workers", "scale"))
     low, high = args.interval
-    if args.seed < 0 or args.workers < 0:
-        parser.error(f"--seed {args.seed}, --workers {args.workers}: must not be negative")
     if not 0 <= low <= high <= 1:
         parser.error(f"--interval {low:g} {high:g}: give 0 <= LOW <= HIGH <= 1")
-    if not 0 <= args.scale < math.inf:
-        parser.error(f"--scale {args.scale:g}: give a number of at least 0; 1: no guidance")
     ending, photo = args.out.suffix.lower(), args.reconstruct and os.path.isfile(args.reconstruct)
     if ending in Image.registered_extensions().keys() - {".png"} | {".npy", ".pt"} or photo and ending != ".png":
         parser.error(f"--out {args.out}: give a .png" + ("" if photo else ", an .npz, or a folder for PNG files"))

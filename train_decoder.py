@@ -280,13 +280,10 @@ def parse_args(argv):
     parser.check_out(args.out)
     above = ["epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "size", "encoder_size", "resize"]
     least = ["warmup", "lr_end", "tau", "lpips", "gan", "disc_start", "gan_start", "preview_every", "seed", "workers"]
-    for name, value in vars(args).items():
-        value = 1 if value is None else value
-        if name in above and not 0 < value < 2**63 or name in least and not 0 <= value < 2**63:
-            bound = "above 0" if name in above else "of at least 0"
-            parser.error(f"--{name.replace('_', '-')} {value}: must be a number {bound} and below 2^63")
-        if name in ("ema", "beta1", "beta2") and not 0 <= value < 1:
-            parser.error(f"--{name} {value}: must be at least 0 and below 1")
+    parser.check_numbers(args, above, least)
+    for name in ("ema", "beta1", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 0 and below 1")
     args.encoder_size = args.encoder_size or args.size
     args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
     if args.resize < args.size:
@@ -297,9 +294,6 @@ def parse_args(argv):
         parser.error(f"--gan-start {args.gan_start:g}: must not come before --disc-start {args.disc_start:g}")
     if args.data != "shapes" and not os.path.isdir(args.data):
         parser.error(f"--data {args.data}: no such folder; give a folder of images, or `shapes`")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here, use --device cpu")
     return parser, args
 
 

@@ -123,17 +123,11 @@ def parse_args(argv):
     parser.check_out(args.out)
     above = ("size", "epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "stats_images", "shift_base")
     least = ("warmup", "clip", "lr_end", "preview_every", "keep_every", "fid_every", "seed", "workers")
-    for name, value in vars(args).items():
-        value = 1 if value is None else value
-        if name in above and not 0 < value < 2**63 or name in least and not 0 <= value < 2**63:
-            bound = "above 0" if name in above else "of at least 0"
-            parser.error(f"--{name.replace('_', '-')} {value}: must be a number {bound} and below 2^63")
+    parser.check_numbers(args, above, least)
     if not 0 <= args.ema < 1 or not 0 <= args.label_dropout < 1:
         parser.error(f"--ema {args.ema}, --label-dropout {args.label_dropout}: must be at least 0 and below 1")
     if not 0 <= args.decay_start <= args.decay_end:
         parser.error(f"--decay-start {args.decay_start} --decay-end {args.decay_end}: give 0 <= START <= END")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here, use --device cpu")
     default = f"runs/{args.preset}/decoder/decoder.pt"
     args.decoder = args.decoder or (default if os.path.exists(default) else None)
     if bool(args.fid_every) != bool(args.fid_reference):
@@ -300,7 +294,6 @@ class Log:
 def train(parser, args):
     """The whole run. Returns why it had to stop, or None; the same on every rank."""
     recorded = {key: value for key, value in vars(args).items() if key not in FREE}
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = init_distributed_device(args)
     main_rank = args.rank == 0
     say = functools.partial(print, flush=True) if main_rank else (lambda _: None)

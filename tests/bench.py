@@ -285,6 +285,7 @@ def sampling(s, precision, latents):
 @torch.no_grad()
 def evaluation(s, precision, latents):
     """The parts of fid.py, always in float32."""
+    set_precision(precision)
     n, rows = s["fid_images"], s["fid_rows"]
     images = torch.randint(256, (n, 3, 256, 256), dtype=torch.uint8, device=DEVICE)
     a, b = images / 255, images.flip(0) / 255

@@ -146,7 +146,7 @@ class LatentEmbedder(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).mT
+        return F.linear(x.flatten(2).mT, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimeEmbedder(nn.Module):
@@ -242,10 +242,8 @@ class DiT(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         # adaLN-zero: every block starts as the identity, and the model as v = 0.
-        for zero in [block.adaLN_modulation[1] for block in self.blocks] + [
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ]:
+        modulations = [module.adaLN_modulation[1] for module in [*self.blocks, self.final_layer]]
+        for zero in [*modulations, self.final_layer.linear]:
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
@@ -291,7 +289,7 @@ def denormalize(x, stats):
 
 
 def shift_for(latent_shape, base=4096):
-    """Strength a >= 1 of the time shift for latents of (C, H, W) (section 4.3): sqrt(C H W / base).
+    """Strength a >= 1 of the time shift for latents of (C, H, W) (section 4): sqrt(C H W / base).
 
     6.93 for (768, 16, 16), 13.86 for (768, 32, 32). More dimensions need more noise to be destroyed equally.
     """
@@ -299,8 +297,8 @@ def shift_for(latent_shape, base=4096):
 
 
 def time_shift(t, a):
-    """t' = a t / (1 + (a - 1) t): moves times towards noise; keeps 0 and 1 (section 4.3)."""
-    return a * t / (1 + (a - 1) * t)
+    """t' = a t / (1 + (a - 1) t): moves times towards noise; keeps 0 and 1 (section 4)."""
+    return (a * t / (1 + (a - 1) * t)).clamp(max=1)  # which float32 may exceed
 
 
 def flow_matching_loss(model, x, y, t, noise):
@@ -329,7 +327,7 @@ def guided(model, y, scale=1.0, guide=None, interval=(0.0, 1.0)):
     weak, weak_y = (guide, y) if guide is not None else (model, torch.full_like(y, model.null_class))
 
     def velocity(x, t):
-        times = t.to(x.device).expand(len(x))
+        times = x.new_full((len(x),), t.item())
         v = model(x, times, y).float()
         if scale == 1 or not interval[0] <= t <= interval[1]:
             return v

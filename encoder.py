@@ -1,5 +1,5 @@
-"""Images to latents: data sets, crops, the loader, the frozen representation encoders, latent statistics; and how the
-scripts read their command line.
+"""Images to latents: data sets, crops, the loader, the frozen representation encoders, latent statistics; and what the
+scripts share: command line, device, the folder of a training run.
 
 Paper: "Diffusion Transformers with Representation Autoencoders", arXiv 2510.11690, section 3.
 Letters: B batch, C latent (token) channels, H x W latent grid. Images are uint8 (B, 3, S, S) from the loader and float
@@ -8,10 +8,13 @@ in [0, 1] for the encoder. This file needs torch, numpy, timm and Pillow only.
 
 import argparse
 import colorsys
+import csv
 import difflib
+import fcntl
 import functools
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -20,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import timm
+import timm.utils
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
@@ -276,6 +280,11 @@ def outlive_signals(_):
 
 
 def make_loader(dataset, batches, workers, device):
+    """workers None: by the cores of this process, at most 12; none for `shapes`, which are kept once they are drawn."""
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+        workers = max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+        workers = workers if hasattr(dataset.source, "paths") else 0
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
         prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals,
@@ -455,7 +464,7 @@ def load_stats(path, shape):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The scripts' command line
+# What the scripts share: the command line
 
 
 def nearest(name, names):
@@ -502,3 +511,124 @@ class Arguments(argparse.ArgumentParser):
             if action.default not in (None, argparse.SUPPRESS) and action.default is not False:
                 action.help += " (default: %(default)s)"
         return super().format_help()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the scripts share: device, compilation, errors
+
+
+def set_up(args):
+    """Join the process group and set the precision of matrix products -> device, autocast. Sets args.rank and so on."""
+    os.environ.setdefault("WORLD_SIZE", "1")  # torchrun sets it; timm would take a SLURM allocation for a launch
+    device = timm.utils.init_distributed_device(args)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = args.precision != "float32"
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def compile_blocks(*models):
+    """Block by block: quick, and gradients leave for the other ranks early."""
+    torch._dynamo.config.optimize_ddp = False  # which would cut each block at the bounds of DDP's buckets
+    for model in models:
+        for block in model.blocks:
+            block.compile(dynamic=False)  # else a smaller last batch leaves a slower graph that then serves all
+
+
+def guard(train, *arguments):
+    """train(...), after which the signal handlers are back; what its user can mend ends the process in one line."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return train(*arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        loader = "DataLoader worker" in str(error) or "could not be read" in str(error)
+        if not loader and not isinstance(error, (OSError, torch.OutOfMemoryError)):
+            raise
+        what = "the loader failed" if loader else "stopped"
+        cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1].rstrip(".")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    # outside of the except clause, whose traceback would keep the loader's processes alive
+    sys.exit(f"{what}: {cause}. The same command resumes; where memory is short: a smaller --micro-batch, "
+             "--checkpointing, fewer --workers")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the trainers share: the folder of a run
+
+
+def claim(folder):
+    """Keep the folder to this run while it lives: two that save into one would break each other's checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another run is writing to {folder}: wait for its end, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def save(files):
+    """Write checkpoints {path: content} beside their places, then move them there: what is at a path is always whole,
+    and the files of one save belong together. The last one moves last: resuming from it, the others are there."""
+    try:
+        for path, content in files.items():
+            with open(f"{path}.tmp", "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:
+        for name in files:
+            Path(f"{name}.tmp").unlink(missing_ok=True)
+        cause = error.__context__ or error  # of which torch reports what follows from it
+        if "DataLoader" in str(cause):  # one of the loader's processes has died meanwhile
+            raise cause from None
+        sys.exit(f"cannot write {path} ({cause}); what was there before is untouched: make room, run again to resume")
+
+
+def read_last(folder, recorded, kind, result):
+    """last.pt of a run to resume, or None. Refuses a folder that holds another run, naming what differs.
+
+    recorded: the arguments that shape the result; kind: the script; result: the name of its other file.
+    """
+    path = folder / "last.pt"
+    if not path.exists():
+        if (folder / result).exists() and not (folder / "last.pt.tmp").exists():  # killed in the first save
+            raise ValueError(f"{folder} holds a {result} but no last.pt to resume from: choose another --out")
+        return None
+    try:
+        last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if last["kind"] != kind or "step" not in last:
+            raise KeyError(kind)
+        theirs = last["args"]
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
+                         "copy, or move the folder away") from None  # fmt: skip
+    differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
+              if theirs.get(key) != recorded.get(key)]  # fmt: skip
+    if differ:
+        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differ)}): choose another --out")
+    return last
+
+
+def open_log(path, start, fields):
+    """A writer of log.csv, without the rows of steps after `start`, which are done again."""
+    rows = list(csv.DictReader(path.read_text().splitlines())) if start and path.exists() else []
+    file = open(f"{path}.tmp", "w", newline="", buffering=1)  # each line goes to the disk at once
+    log = csv.DictWriter(file, fields)
+    log.writeheader()
+    log.writerows(row for row in rows if int(row["step"]) <= start)
+    os.replace(f"{path}.tmp", path)
+    return log
+
+
+def peak_memory(device):
+    """GiB: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
-from timm.utils import init_distributed_device
 from tqdm import tqdm
 
 import decoder as decoders
@@ -136,17 +136,17 @@ def labels_of(args, model):
 
 
 class Output:
-    """Where images go by the ending of the path: images[i] = uint8 (H, W, 3) from any rank, then close().
+    """Where images go by the ending of the path: images[i] = uint8 (H, W, 3) and flush() on any rank, then close().
 
-    An npz is filled through a memory-mapped file beside it, which all ranks must reach, and moved into place when it is
-    whole; of a folder only the missing files are asked for; a PNG grid is made of all images at the end.
+    Of a folder only the missing files are asked for. An npz, or a PNG grid, is made at the end from a file of raw bytes
+    beside it, which all ranks write to, so it must be on a disk that all nodes share.
     """
 
     def __init__(self, path, shape, settings, overwrite, columns):
         self.path, self.shape, self.columns = path, shape, columns
         self.settings = json.dumps(settings, sort_keys=True)
         self.kind = path.suffix.lower() if path.suffix.lower() in (".png", ".npz") else "folder"
-        self.note, self.raw = path / ".settings.json", path.with_name(path.name + ".tmp.npy")
+        self.note, self.raw = path / ".settings.json", path.with_name(path.name + ".tmp.raw")
         found = None  # the settings of what is there
         if self.kind == "folder" and path.exists() and any(path.iterdir()):
             if not self.note.exists():
@@ -167,8 +167,7 @@ class Output:
         """Start writing; call it on every rank, the main rank first. Returns the indices that are missing."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.kind != "folder":
-            mode = "w+" if rank == 0 else "r+"
-            self.images = np.lib.format.open_memmap(self.raw, mode, dtype=np.uint8, shape=self.shape)
+            self.file = open(self.raw, "r+b" if rank else "wb", buffering=0)
             return range(self.shape[0])
         self.path.mkdir(exist_ok=True)
         if rank == 0 and not self.same:
@@ -184,29 +183,32 @@ class Output:
             Image.fromarray(image).save(temporary, "png")
             os.replace(temporary, self.path / f"{i:06}.png")
         else:
-            self.images[i] = image
+            os.pwrite(self.file.fileno(), image.tobytes(), i * image.nbytes)
+
+    def flush(self):
+        """On every rank, before they meet: then other nodes see what was written here."""
+        if self.kind != "folder":
+            os.fsync(self.file.fileno())
+            self.file.close()
 
     def close(self):
         """Finish on the main rank, after all ranks have written."""
         if self.kind == "folder":
             return
+        images = np.memmap(self.raw, np.uint8, "r", shape=self.shape)
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "wb") as file:
             if self.kind == ".npz":
-                np.savez(file, arr_0=self.images, settings=np.frombuffer(self.settings.encode(), np.uint8))
+                np.savez(file, arr_0=images, settings=np.frombuffer(self.settings.encode(), np.uint8))
             else:
-                decoders.image_grid(self.images, self.columns).save(file, "png")
+                decoders.image_grid(images, self.columns).save(file, "png")
         os.replace(temporary, self.path)
         self.raw.unlink()
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    device = init_distributed_device(args)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
-        torch.backends.cudnn.allow_tf32 = args.precision != "float32"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    device, autocast = encoders.set_up(args)
     names = ["reconstruct", "decoder", "encoder", "encoder_weights", "precision"] if args.reconstruct else [
         "dit", "decoder", "encoder", "stats", "guide", "scale", "interval", "steps", "heun", "unconditional",
         "num_samples", "classes", "per_class", "seed", "precision"]  # fmt: skip
@@ -234,13 +236,15 @@ def main(argv=None):
         shape = (count, decoder.image_size, decoder.image_size, 3)
         output = Output(args.out, shape, settings | {"images": count}, args.overwrite, columns)
         if output.finished:
-            print(f"finished: {args.out} has these {count} images already")
+            if args.rank == 0:
+                print(f"finished: {args.out} has these {count} images already")
             return
-        for rank in range(args.world_size):  # the main rank creates what the others open
-            if rank == args.rank:
-                missing = output.open(rank)
-            if args.distributed:
-                torch.distributed.barrier()
+        found = [output.open(0) if args.rank == 0 else None]  # the main rank creates what the others open
+        if args.distributed:
+            dist.broadcast_object_list(found, device=device)
+        missing = found[0]  # as the main rank sees it: a node may have an older listing of a folder
+        if args.rank > 0:
+            output.open(args.rank)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -255,8 +259,7 @@ def main(argv=None):
         model, guide = model.to(device), guide.to(device) if guide else None
         stats = {key: value.to(device) for key, value in stats.items()}
         if args.compile:
-            for block in [*model.blocks, *(guide.blocks if guide else []), *decoder.blocks]:
-                block.compile()
+            encoders.compile_blocks(decoder, *([model, guide] if guide else [model]))
     with torch.no_grad(), autocast, tqdm(total=len(mine), unit="image", disable=args.rank > 0) as bar:
         for part in parts:
             if args.reconstruct:
@@ -277,13 +280,14 @@ def main(argv=None):
             for i, image in zip(part, decoders.to_uint8(decoder(z)).cpu().numpy(), strict=True):
                 output[i] = image
             bar.update(len(part))
+    output.flush()
     if args.distributed:
-        torch.distributed.barrier()
+        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     if args.rank == 0:
         output.close()
         print(f"{count} images in {args.out}")
     if args.distributed:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def reconstruct_photo(args, encoder, decoder, device):

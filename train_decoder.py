@@ -15,13 +15,10 @@ To evaluate: sample.py --reconstruct imagenet/val --out recon.npz, then fid.py i
 
 import argparse
 import contextlib
-import csv
 import datetime
-import fcntl
 import functools
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -33,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.utils import ModelEmaV3, init_distributed_device
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
@@ -320,58 +317,6 @@ def load_frozen(args, device):
     return networks
 
 
-def save(files):
-    """Write checkpoints {path: content} beside their places, then move them there: what is at a path is always whole,
-    and the files of one save belong together. The last one moves last: resuming from it, the others are there."""
-    try:
-        for path, content in files.items():
-            with open(f"{path}.tmp", "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in files:
-            os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:
-        for name in files:
-            Path(f"{name}.tmp").unlink(missing_ok=True)
-        cause = error.__context__ or error  # of which torch reports what follows from it
-        if "DataLoader" in str(cause):  # one of the loader's processes has died meanwhile
-            raise cause from None
-        sys.exit(f"cannot write {path} ({cause}); what was there before is untouched: make room, run again to resume")
-
-
-def claim(folder):
-    """Keep the folder to this run while it lives: two that save into one would break each other's checkpoints."""
-    lock = open(folder / ".lock", "a")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another run is writing to {folder}: wait for its end, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    return lock
-
-
-def read_last(folder, recorded):
-    """last.pt of a run to resume, or None. Refuses a folder that holds another run, naming what differs."""
-    path = folder / "last.pt"
-    if not path.exists():
-        if (folder / "decoder.pt").exists() and not (folder / "last.pt.tmp").exists():  # killed in the first save
-            raise ValueError(f"{folder} holds a decoder.pt but no last.pt to resume from: choose another --out")
-        return None
-    try:
-        last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        theirs, _ = {"train_decoder": (last["args"], last["step"])}[last["kind"]]
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
-                         "copy, or move the folder away") from None  # fmt: skip
-    differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
-              if theirs.get(key) != recorded.get(key)]  # fmt: skip
-    if differ:
-        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differ)}): choose another --out")
-    return last
-
-
 class Log:
     """Averages since the last row over steps and ranks: one line on the terminal and one row in log.csv."""
 
@@ -380,12 +325,7 @@ class Log:
 
     def __init__(self, path, start, main_rank):
         if main_rank:
-            rows = list(csv.DictReader(path.read_text().splitlines())) if start and path.exists() else []
-            self.file = open(f"{path}.tmp", "w", newline="", buffering=1)  # each line goes to the disk at once
-            self.csv = csv.DictWriter(self.file, self.fields)
-            self.csv.writeheader()
-            self.csv.writerows(row for row in rows if int(row["step"]) <= start)  # later steps are done again
-            os.replace(f"{path}.tmp", path)
+            self.csv = encoders.open_log(path, start, self.fields)
         self.reset(start)
 
     def reset(self, step):
@@ -402,10 +342,7 @@ class Log:
             means /= dist.get_world_size()
         row = {name: f"{value:.5f}" for name, value in zip(self.values, means.tolist(), strict=True)}
         seconds = (time.perf_counter() - self.time) / (step - self.step)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-        if means.is_cuda:
-            memory = torch.cuda.max_memory_allocated() / 2**30
-        numbers |= dict(images_per_s=batch / seconds, memory_gb=memory)
+        numbers |= dict(images_per_s=batch / seconds, memory_gb=encoders.peak_memory(means.device))
         row |= {name: f"{value:.4g}" for name, value in numbers.items()}
         if not bar.disable:
             self.csv.writerow(dict(step=step, epoch=f"{epoch:.4f}") | row)
@@ -423,7 +360,7 @@ class Log:
 def draw(keys, shape, tau, generator):
     """Everything random of a training step, each image's from its own key.
 
-    Returns noise (B, C, H, W), sigma n of section 3's noise-augmented decoding, with sigma = tau |n'|, n' ~ N(0, 1) for
+    Returns noise (B, C, H, W), sigma n of section 4's noise-augmented decoding, with sigma = tau |n'|, n' ~ N(0, 1) for
     each image; uniforms (3, B, 5) for DiffAug: of the decoder's fakes, the discriminator's fakes, its reals.
     """
     noise = torch.empty(len(keys), *shape, device=generator.device)
@@ -440,7 +377,8 @@ def draw(keys, shape, tau, generator):
 def update(optimizer):
     """A step of AdamW, left out where a gradient is not finite. Returns the gradients' norm."""
     norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
-    optimizer.found_inf = 1 - norm.isfinite().float()  # as under a GradScaler: decided on the device, without a wait
+    # What a GradScaler tells fused optimisers: 1 leaves weights, moments and steps alone. Decided without a wait.
+    optimizer.found_inf = 1 - norm.isfinite().float()
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -449,30 +387,26 @@ def update(optimizer):
 def train(args):
     """All of it. Returns None, or why there is nothing to train or training had to stop; the same on every rank."""
     recorded = {key: value for key, value in vars(args).items() if key not in FREE}
-    device = init_distributed_device(args)
+    device, autocast = encoders.set_up(args)
     main_rank = args.rank == 0
     say = functools.partial(print, flush=True) if main_rank else (lambda _: None)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
-        torch.backends.cudnn.allow_tf32 = args.precision != "float32"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # What the run is made of. Bad input ends here, in one line, before any long work.
     problem = last = None
     try:
         local_batch, rest = divmod(args.batch, args.world_size)
-        if rest:
+        if rest or not local_batch:
             raise ValueError(f"--batch {args.batch} does not divide over {args.world_size} processes")
-        micro_batch = max(size for size in range(1, min(args.micro_batch, local_batch) + 1) if local_batch % size == 0)
+        accumulate = -(-local_batch // args.micro_batch)
+        micro_batch = -(-local_batch // accumulate)  # the last one may be smaller
         encoder, lpips, discriminator = load_frozen(args, device)
         patch, rest = divmod(args.size, encoder.grid)
         if rest:
             raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {encoder.grid}")
         source = encoders.image_source(args.data, args.size)
         recorded |= dict(images=len(source))
-        last = read_last(args.out, recorded)
-        args.out.mkdir(parents=True, exist_ok=True)
-        args.lock = claim(args.out) if main_rank else None
+        last = encoders.read_last(args.out, recorded, "train_decoder", "decoder.pt")
+        args.lock = encoders.claim(args.out) if main_rank else None
     except (ValueError, OSError) as error:
         problem = str(error)
     start = last["step"] if last else 0
@@ -487,18 +421,17 @@ def train(args):
     steps_per_epoch = len(source) / args.batch
     total = max(1, round(args.epochs * steps_per_epoch))
     if start >= total:
-        say(f"finished: {args.out}/decoder.pt has its {start / steps_per_epoch:g} epochs; a larger --epochs goes on")
+        say(
+            f"finished: {args.out}/decoder.pt has its {start / steps_per_epoch:g} epochs; a larger --epochs "
+            "goes on, at the rates of its own, longer cosine"
+        )
         return
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = 0 if args.data == "shapes" else max(1, min(12, cores - 1))
-    workers = workers if args.workers is None else args.workers
     images = encoders.Images(source, lambda image, rng: encoders.random_crop(image, args.resize, args.size, rng))
     batches = encoders.training_batches(
         len(source), args.batch, micro_batch, range(start, total), args.seed, args.rank, args.world_size
     )
-    loader = iter(encoders.make_loader(images, batches, workers, device))
+    loader = iter(encoders.make_loader(images, batches, args.workers, device))
     if args.preview_every and main_rank:
         centered = encoders.Images(source, lambda image, _: encoders.center_crop(image, args.size))
         shown = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()
@@ -532,15 +465,13 @@ def train(args):
             return f"{args.out}/last.pt is damaged or of another version ({reason}): put back a copy"
         del last
     if args.compile or args.compile is None and device.type == "cuda":
-        for block in [*encoder.vit.blocks, *model.blocks, *(discriminator.vit.blocks if discriminator else [])]:
-            block.compile()  # block by block: quick to compile, and gradients leave for the other ranks early
+        encoders.compile_blocks(encoder.vit, model, *([discriminator.vit] if discriminator else []))
     wrapped, wrapped_disc = model, discriminator
     if args.distributed:
         ddp = dict(device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
                    gradient_as_bucket_view=True)  # fmt: skip
         wrapped = DistributedDataParallel(model, **ddp)
         wrapped_disc = DistributedDataParallel(discriminator, **ddp) if discriminator else None
-    accumulate = local_batch // micro_batch
 
     def sync(module, micro):
         """The ranks' gradients meet at the last micro-batch of a step."""
@@ -566,7 +497,7 @@ def train(args):
             last |= dict(discriminator=discriminator.heads.state_dict(), disc_optimizer=disc_optimizer.state_dict())
         result = dict(kind="decoder", config=model.config, model=ema.module.state_dict(), encoder=encoder.record,
                       tau=args.tau, epoch=step / steps_per_epoch)  # fmt: skip
-        save({args.out / "decoder.pt": result, args.out / "last.pt": last})
+        encoders.save({args.out / "decoder.pt": result, args.out / "last.pt": last})
 
     stopping = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -604,7 +535,7 @@ def train(args):
                     weight = adaptive_weight(gradient, gan_gradient)
                     gradient = gradient + args.gan * weight * gan_gradient
                     log.add(gan=gan, gan_weight=weight)
-                fake.backward(gradient / accumulate)
+                fake.backward(gradient * len(real) / local_batch)
             log.add(l1=l1, **({"lpips": perceptual} if lpips else {}))
             if train_disc:
                 kept.append((real, z, uniforms))
@@ -623,13 +554,14 @@ def train(args):
                 with sync(wrapped_disc, micro):
                     real_logits, fake_logits = wrapped_disc(both).chunk(2)
                     disc = hinge_loss(real_logits, fake_logits)
-                    (disc / accumulate).backward()
+                    (disc * len(real) / local_batch).backward()
                 log.add(disc=disc, real=real_logits.mean(), fake=fake_logits.mean())
             disc_norm = update(disc_optimizer)
 
         # One wait for the GPU in each step, after which the ranks agree: on the gradients' norms (already the same on
         # all), on files that could not be read, on whether any rank has been told to stop.
-        status = torch.stack([norm, disc_norm, *torch.tensor([broken, float(bool(stopping))], device=device)])
+        told = torch.tensor([broken, bool(stopping)], dtype=torch.float32, device=device)
+        status = torch.cat([torch.stack([norm, disc_norm]), told])
         if args.distributed:
             dist.all_reduce(status)
         norm, disc_norm, broken, stop = status.tolist()
@@ -661,23 +593,8 @@ def train(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    failure = None
-    try:
-        problem = train(args)
-    except (OSError, RuntimeError, ValueError) as error:
-        loader = "DataLoader worker" in str(error) or "could not be read" in str(error)
-        if not loader and not isinstance(error, (OSError, torch.OutOfMemoryError)):
-            raise
-        cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1]
-        failure = (f"stopped: {cause.rstrip('.')}. The same command resumes; where memory is short: a smaller "
-                   "--micro-batch, --checkpointing, fewer --workers")  # fmt: skip
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if failure:  # outside of the except clause, whose traceback would keep the loader's processes alive
-        sys.exit(failure)
-    if dist.is_initialized():  # only here, where all ranks agree: one that fails alone must not wait for the others
+    problem = encoders.guard(train, args)
+    if args.distributed:  # only here, where all ranks agree: one that fails alone must not wait for the others
         dist.destroy_process_group()
     if problem:
         parser.error(problem) if args.rank == 0 else sys.exit(2)

@@ -16,13 +16,10 @@ The same command again resumes. Paper: arXiv 2510.11690, sections 4 and 5. It wr
 
 import argparse
 import contextlib
-import csv
 import datetime
-import fcntl
 import functools
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -31,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3, init_distributed_device
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -146,30 +143,10 @@ def lr_at(epoch, args):
     return warm * (args.lr + done * (args.lr_end - args.lr))
 
 
-def save(files):
-    """Write checkpoints {path: content} beside their places, then move them there: what is at a path is always whole,
-    and the files of one save belong together. The last one moves last: resuming from it, the others are there."""
-    try:
-        for path, content in files.items():
-            with open(f"{path}.tmp", "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in files:
-            os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:
-        for path in files:
-            Path(f"{path}.tmp").unlink(missing_ok=True)
-        cause = error.__context__ or error  # of which torch reports what follows from it
-        if "DataLoader" in str(cause):  # one of the loader's processes has died meanwhile
-            raise cause from None
-        sys.exit(f"cannot write to {path.parent} ({cause}): make room and run again; the last checkpoint is untouched")
-
-
 def draw(keys, shape, args, generator):
     """Everything random of a training step: times, noise, dropped labels; each image's from its own key.
 
-    Returns t (B,), logit-normal (section 4.3), not yet shifted; noise (B, C, H, W); drop (B,), bool.
+    Returns t (B,), logit-normal (section 4), not yet shifted; noise (B, C, H, W); drop (B,), bool.
     """
     device = generator.device
     t, uniform = torch.empty(2, len(keys), 1, device=device)
@@ -182,40 +159,8 @@ def draw(keys, shape, args, generator):
     return t[:, 0].sigmoid(), noise, uniform[:, 0] < args.label_dropout
 
 
-def claim(folder):
-    """Keep the folder to this run while it lives: two that save into one would break each other's checkpoints."""
-    lock = open(folder / ".lock", "a")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another run is writing to {folder}: wait for its end, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    return lock
-
-
-def read_last(folder, recorded):
-    """last.pt of a run to resume, or None. Refuses a folder that holds another run, naming what differs."""
-    path = folder / "last.pt"
-    if not path.exists():
-        if (folder / "dit.pt").exists() and not (folder / "last.pt.tmp").exists():  # killed in the first save
-            raise ValueError(f"{folder} holds a dit.pt but no last.pt to resume from: choose another --out")
-        return None
-    try:
-        last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        theirs, _ = {"train_dit": (last["args"], last["step"])}[last["kind"]]
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
-                         "copy, or move the folder away; its dit.pt serves as --init") from None  # fmt: skip
-    differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
-              if theirs.get(key) != recorded.get(key)]  # fmt: skip
-    if differ:
-        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differ)}): choose another --out")
-    return last
-
-
 def start_from(path, model, encoder):
-    """Copy the weights of --init into the model; a class table of another size stays new."""
+    """Copy the weights of --init into the model; a class table of another size stays new. Returns their statistics."""
     trained, info = dit.load_dit(path)
     if info and info["encoder"]["name"] != encoder:  # published files don't say
         raise ValueError(f"--init {path} draws latents of {info['encoder']['name']}: choose --encoder to match")
@@ -227,6 +172,7 @@ def start_from(path, model, encoder):
     if trained.num_classes != model.num_classes:
         del state["y_embedder.embedding_table.weight"]
     model.load_state_dict(state, strict=False)
+    return info.get("stats")
 
 
 def draw_samples(model, decoder, stats, shift, seed, indices, labels, steps=50):
@@ -248,16 +194,9 @@ class Log:
         self.device, self.main_rank = device, main_rank
         self.bins = [f"loss_t{i / T_BINS:.1f}" for i in range(T_BINS)]
         if main_rank:
-            rows = list(csv.DictReader(path.read_text().splitlines())) if start and path.exists() else []
-            rows = [row for row in rows if int(row["step"]) <= start]  # steps after the checkpoint are done again
             fields = ["step", "epoch", "loss", *self.bins, "lr", "grad_norm", "images_per_s", "memory_gb", "skipped",
                       "replaced", "fid"]  # fmt: skip
-            self.file = open(f"{path}.tmp", "w", newline="")
-            self.csv = csv.DictWriter(self.file, fields)
-            self.csv.writeheader()
-            self.csv.writerows(rows)
-            self.file.flush()
-            os.replace(f"{path}.tmp", path)
+            self.csv = encoders.open_log(path, start, fields)
         self.reset(start)
 
     def reset(self, step):
@@ -276,31 +215,23 @@ class Log:
         by_t = {name: f"{a / n:.5f}" for name, a, n in zip(self.bins, losses, images, strict=True) if n}
         loss, norm = sum(losses) / (sum(images) or math.nan), sum(self.norms) / (len(self.norms) or math.nan)
         seconds = (time.perf_counter() - self.time) / (step - self.step)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 2**30
         self.reset(step)
         return dict(loss=f"{loss:.6f}", **by_t, grad_norm=f"{norm:.4f}", images_per_s=f"{batch / seconds:.4g}",
-                    memory_gb=f"{memory:.2f}"), seconds  # fmt: skip
+                    memory_gb=f"{encoders.peak_memory(self.device):.2f}"), seconds  # fmt: skip
 
     def write(self, bar, row, **more):
         if self.main_rank:
             bar.write(" ".join(f"{key} {value}" for key, value in (row | more).items() if key not in self.bins))
             self.csv.writerow(row)
             sys.stdout.flush()
-            self.file.flush()
 
 
 def train(parser, args):
     """The whole run. Returns why it had to stop, or None; the same on every rank."""
     recorded = {key: value for key, value in vars(args).items() if key not in FREE}
-    device = init_distributed_device(args)
+    device, autocast = encoders.set_up(args)
     main_rank = args.rank == 0
     say = functools.partial(print, flush=True) if main_rank else (lambda _: None)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
-        torch.backends.cudnn.allow_tf32 = args.precision != "float32"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     def over_ranks(*values):
         """Sums over the ranks, read by the host: on these, all ranks agree."""
@@ -319,7 +250,7 @@ def train(parser, args):
         source = encoders.image_source(args.data, args.size)
         num_classes = 0 if args.unconditional else len(source.classes)
         recorded |= dict(images=len(source), classes=num_classes)
-        last = read_last(args.out, recorded)
+        last = encoders.read_last(args.out, recorded, "train_dit", "dit.pt")
         start = last["step"] if last else 0
         if over_ranks(start) != [start * args.world_size]:
             raise ValueError(f"{args.out}/last.pt is not the same for all processes: --out must be on a shared disk")
@@ -336,7 +267,10 @@ def train(parser, args):
         model = dit.DiT(encoder.latent_dim, encoder.grid, num_classes, **dit.SIZES[args.model], qk_norm=args.qk_norm,
                         allow_narrow=args.allow_narrow)  # fmt: skip
         if args.init and not last:
-            start_from(args.init, model, args.encoder)
+            theirs = start_from(args.init, model, args.encoder)
+            stats = stats or theirs  # not those of the new images: the weights know latents normalised by these
+            if not stats:
+                raise ValueError(f"--init {args.init} is a bare diffusion model: give its statistics with --stats")
         decoder = None
         if args.decoder and (args.preview_every or args.fid_every):
             decoder, info = decoders.load_decoder(args.decoder, {key: encoder.record[key] for key in ("mean", "std")})
@@ -344,7 +278,7 @@ def train(parser, args):
             if (found, decoder.config["latent_dim"], decoder.config["grid"]) != (args.encoder, *shape[:2]):
                 raise ValueError(f"--decoder {args.decoder} decodes other latents than those of {args.encoder} at "
                                  f"{args.size} px; to train without it: --preview-every 0")  # fmt: skip
-            decoder.to(device)
+            decoder = decoder.to(device) if main_rank or args.fid_every else None  # the previews are rank 0's
         if args.fid_every:
             side = argparse.Namespace(features="inception", size=args.size)
             reference = fid.Side("--fid-reference", args.fid_reference, side).statistics
@@ -352,33 +286,30 @@ def train(parser, args):
                 raise ValueError(f"--fid-reference {args.fid_reference} holds no statistics of Inception: make some by "
                                  "fid.py FOLDER --save-stats")  # fmt: skip
             inception = fid.load_inception(args.inception_weights, device)
-        args.out.mkdir(parents=True, exist_ok=True)
-        args.lock = claim(args.out) if main_rank else None
+        args.lock = encoders.claim(args.out) if main_rank else None
     except (ValueError, OSError) as error:
         parser.error(str(error))  # without destroy_process_group, which may wait for the other ranks
 
     # The loader, and the latent statistics: the same transform for both.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = 0 if args.data == "shapes" else max(1, min(12, cores - 1))
-    workers = workers if args.workers is None else args.workers
     images = encoders.Images(source, lambda image, rng: encoders.center_crop_flip(image, args.size, rng))
     compiled = args.compile or args.compile is None and device.type == "cuda"
-    for block in encoder.vit.blocks if compiled else []:
-        block.compile()
+    if compiled:
+        encoders.compile_blocks(encoder.vit)
     if stats is None:
         say(f"measuring the latent statistics on {min(args.stats_images, len(source))} images")
         order = np.random.default_rng(args.seed).permutation(len(source))[: args.stats_images]
         chosen = [(int(i), encoders.random_key(args.seed, int(i))) for i in order[args.rank :: args.world_size]]
         chosen = [chosen[i : i + micro_batch] for i in range(0, len(chosen), micro_batch)]
         with autocast:
-            loader = encoders.make_loader(images, tqdm(chosen, "statistics", disable=not main_rank), workers, device)
+            loader = encoders.make_loader(
+                images, tqdm(chosen, "statistics", disable=not main_rank), args.workers, device
+            )
             stats = encoders.latent_statistics(encoder, loader, device, args.distributed)
     stats = {key: value.to(device) for key, value in stats.items()}
     batches = encoders.training_batches(
         len(source), args.batch, micro_batch, range(start, total), args.seed, args.rank, args.world_size
     )
-    loader = iter(encoders.make_loader(images, batches, workers, device))
+    loader = iter(encoders.make_loader(images, batches, args.workers, device))
 
     # Model, moving average, optimiser.
     model = model.to(device).train()
@@ -396,8 +327,8 @@ def train(parser, args):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return f"{args.out}/last.pt is damaged or of another version ({reason}): put back a copy"
         del last
-    for block in model.blocks if compiled else []:  # block by block: quick to compile, overlaps with DDP
-        block.compile()
+    if compiled:
+        encoders.compile_blocks(model)
     wrapped = model
     if args.distributed:
         ids = [device.index] if device.type == "cuda" else None
@@ -425,7 +356,7 @@ def train(parser, args):
         if kept := due(step, args.keep_every):
             files[args.out / f"dit-{kept * args.keep_every:g}.pt"] = result
         if main_rank:
-            save(files | {args.out / "last.pt": last})
+            encoders.save(files | {args.out / "last.pt": last})
 
     def online_fid():
         """FID of the EMA weights, unguided, class-balanced; all ranks draw. None if one of them was told to stop."""
@@ -511,23 +442,8 @@ def train(parser, args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    failure = None
-    try:
-        problem = train(parser, args)
-    except (OSError, RuntimeError, ValueError) as error:
-        loader = "DataLoader worker" in str(error) or "could not be read" in str(error)
-        if not loader and not isinstance(error, (OSError, torch.OutOfMemoryError)):
-            raise
-        cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1]
-        failure = (f"{'the loader failed' if loader else 'stopped'}: {cause.rstrip('.')}. The same command resumes; "
-                   "where memory is short: a smaller --micro-batch, --checkpointing, fewer --workers")  # fmt: skip
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if failure:  # outside of the except clause, whose traceback would keep the loader's processes alive
-        sys.exit(failure)
-    if args.distributed:  # here all ranks agree; one that failed alone must not wait for the others
+    problem = encoders.guard(train, parser, args)
+    if args.distributed:  # only here, where all ranks agree: one that fails alone must not wait for the others
         dist.destroy_process_group()
     if problem:
         sys.exit(problem if args.rank == 0 else 1)

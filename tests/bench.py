@@ -175,8 +175,7 @@ def offline():
             (encoder, "make_loader", ready_batches),
             (fid, "load_weights", random_weights),
             (train_decoder, "load_dino", lambda *_: timm.create_model(train_decoder.DINO, act_layer="gelu_tanh")),
-            (train_decoder, "save", lambda files: None),
-            (train_dit, "save", lambda files: None),
+            (encoder, "save", lambda files: None),
         ):
             stack.enter_context(mock.patch.object(place, name, new))
         yield
@@ -205,8 +204,8 @@ def encode(s, precision, latents):
     model = encoder.Encoder(s["encoder"], s["size"]).to(DEVICE)
     images = torch.rand(s["encoded"], 3, s["size"], s["size"], device=DEVICE)
     flops = len(images) * forward_flops(model, images[:1])
-    for block in model.vit.blocks if CUDA else []:
-        block.compile()
+    if CUDA:
+        encoder.compile_blocks(model.vit)
     with set_precision(precision):
         yield f"encode, {s['encoder']}", len(images), seconds(lambda: model(images), s["measured"]), flops
 
@@ -260,18 +259,17 @@ def sampling(s, precision, latents):
     names = dict(zip(("strong", "weak"), s["sampled"], strict=True))
     flops = {key: dit_flops(name, latents) for key, name in names.items()}
     models = {key: make_dit(name, latents).to(DEVICE).eval() for key, name in names.items()}
+    strong, weak = models["strong"], models["weak"]
     for model in models.values():
         random_weights(model)  # adaLN-zero's zeros would leave nothing to guide
     pixels = make_decoder(s, latents).to(DEVICE).eval()
     D = forward_flops(pixels, torch.zeros(1, *latents))
-    for model in [*models.values(), pixels] if CUDA else []:
-        for block in model.blocks:
-            block.compile()
+    if CUDA:
+        encoder.compile_blocks(strong, weak, pixels)
     n, steps = s["drawn"], s["steps"]
     noise = torch.randn(n, *latents, device=DEVICE)
     y = torch.arange(n, device=DEVICE) % 1000
     inside = sum(0.1 <= t <= 0.9 for t in dit.time_shift(torch.linspace(1, 0, steps + 1), dit.shift_for(latents))[:-1])
-    strong, weak = models["strong"], models["weak"]
     for what, velocity, total in (
         ("unguided", dit.guided(strong, y), steps * flops["strong"]),
         ("CFG", dit.guided(strong, y, 2.0), steps * 2 * flops["strong"]),

@@ -417,7 +417,7 @@ def test_traced_full_recipe_equals_eager(one_process, full, initial, tmp_path, m
     monkeypatch.setattr(
         torch.nn.Module,
         "compile",
-        lambda self: compiled.append(self) or compile_module(self, backend="aot_eager", fullgraph=True),
+        lambda self, **how: compiled.append(self) or compile_module(self, backend="aot_eager", fullgraph=True, **how),
     )
     last = train(tmp_path / "run", full, compile=True)
     assert len(compiled) == 3 + 3 + 12  # the blocks of encoder, decoder and DINO
@@ -451,8 +451,8 @@ def test_offline_one_message_names_all_that_is_missing(monkeypatch, capsys, phot
 
 
 def test_checkpoints_come_at_intervals_both_files_together(settings, tmp_path, monkeypatch):
-    saved, save = [], train_decoder.save
-    monkeypatch.setattr(train_decoder, "save", lambda files: saved.append(files) or save(files))
+    saved, save = [], encoders.save
+    monkeypatch.setattr(encoders, "save", lambda files: saved.append(files) or save(files))
     train(tmp_path / "run", settings, save_every=0.8)
     assert [last["step"] for _, last in map(dict.values, saved)] == [2, 4, 5]
     assert [[path.name for path in files] for files in saved] == 3 * [["decoder.pt", "last.pt"]]

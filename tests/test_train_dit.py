@@ -313,7 +313,7 @@ def test_compiled_step_and_average(tmp_path, built, gradients, monkeypatch):
     monkeypatch.setitem(dit.SIZES, "DiT-DH-tiny", dict(width=128, depth=1, heads=2))  # compiling takes its time
     alive = make_alive(tmp_path / "init.pt")
     compiled, original = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or original(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(self) or original(self, **how))
     train(tmp_path / "compiled", "--compile", "--init", alive, steps=1)
     assert compiled[-1:] == [*built[0][0].blocks] and len(compiled) == 1 + 3  # with the encoder's
     train(tmp_path / "eager", "--init", alive, steps=1)
@@ -498,9 +498,14 @@ def test_init(folder, tmp_path, built):
     source = read(make_alive(tmp_path / "ours.pt"))
     torch.save({"ema": published_dit(dit.load_dit(tmp_path / "ours.pt")[0])}, tmp_path / "published.pt")
     table = "y_embedder.embedding_table.weight"
-    for name in ("ours.pt", "published.pt"):
-        train(tmp_path / name.split(".")[0], "--init", tmp_path / name, "--lr", 1e-9, "--lr-end", 0, steps=1)
+    stats = make_stats(tmp_path / "stat.pt")
+    for name, flags in (("ours.pt", ()), ("published.pt", ("--stats", stats))):
+        out = tmp_path / name.split(".")[0]
+        last = train(out, "--init", tmp_path / name, *flags, "--lr", 1e-9, "--lr-end", 0, steps=1)
         torch.testing.assert_close(built[-1][0].state_dict(), source["model"], rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            last["stats"], source["stats"] if name == "ours.pt" else encoder.load_stats(stats, SHAPE)
+        )
     flags = ["--data", folder, "--workers", 0, "--epochs", 0.1]
     train(tmp_path / "two", *flags, "--init", tmp_path / "ours.pt", "--lr", 1e-9, "--lr-end", 0)
     state = built[-1][0].state_dict()
@@ -613,7 +618,7 @@ def test_one_step_at_full_width(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     encoder.Shapes(1, 300).open(0)[0].save(tmp_path / "data" / "a.png")
     saved = {}
-    monkeypatch.setattr(train_dit, "save", saved.update)  # 4 GB that tell nothing
+    monkeypatch.setattr(encoder, "save", saved.update)  # 4 GB that tell nothing
     train_dit.main(["--data", str(tmp_path / "data"), "--encoder-weights", str(tmp_path / "vit.pt"), "--model",
                     "DiT-DH-S", "--batch", "1", "--micro-batch", "1", "--stats-images", "1", "--epochs", "1",
                     "--workers", "0", "--log-every", "1", "--out", "out", "--device", "cpu"])  # fmt: skip

@@ -1,6 +1,6 @@
 """The paper's findings in miniature: does this code show them? (Paper: arXiv 2510.11690, section 4)
 
-    python tests/claims.py            # about a quarter of an hour on two CPU cores
+    python tests/claims.py            # about 20 minutes on two CPU cores
     python tests/claims.py --quick    # seconds, for a test; its numbers mean nothing
 
 1. Theorem 1: a diffusion model narrower than its tokens cannot even overfit one image; its loss stays above

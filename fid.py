@@ -563,6 +563,7 @@ def run(args):
     sides = [Side(name, path, args) for name, path in named if path]
     reference, samples = sides[0], sides[-1]
     check(args, sides)
+    os.environ.setdefault("WORLD_SIZE", "1")  # torchrun sets it; timm would take a SLURM allocation for a launch
     timm.utils.init_distributed_device(args)  # sets device, rank, world_size and distributed
 
     suite = args.features == "inception" and not args.paired and len(sides) == 2

@@ -488,3 +488,23 @@ def test_files_work_when_copied_out_alone(tmp_path):
     run = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=environment, capture_output=True,
                          text=True, timeout=120)  # fmt: skip
     assert run.stdout.split() == ["4"] * 4, run.stderr[-2000:]
+
+
+def test_compiled_blocks_keep_a_graph_for_each_shape():
+    """A smaller batch in between leaves no dynamic graph that would serve the usual one from then on."""
+    graphs, runs = [], []
+    torch._dynamo.reset()  # other tests' graphs
+
+    def backend(module, inputs):
+        graphs.append(module)
+        number = len(graphs)
+        return lambda *values: runs.append(number) or module(*values)
+
+    model = dits.DiT(16, 2, 4, width=16, depth=2, heads=2)
+    with pytest.MonkeyPatch.context() as patch:
+        compile_module = nn.Module.compile
+        patch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, backend=backend, **how))
+        encoders.compile_blocks(model)
+    for batch in (4, 3, 4):
+        model(torch.randn(batch, 16, 2, 2), torch.rand(batch), torch.zeros(batch).long())
+    assert runs == [1, 1, 2, 2, 1, 1]  # two blocks each

@@ -1,5 +1,6 @@
 """sample.py through its command line: published and our own files, outputs, guidance."""
 
+import argparse
 import contextlib
 import os
 import socket
@@ -142,6 +143,30 @@ def test_guidance_that_changes_nothing(tmp_path):
     assert same(images(tmp_path / "self.npz", *classes, "--guide", "stage2.pt", "--scale", 3), plain)
     outside = images(tmp_path / "outside.npz", *classes, "--scale", 3, "--interval", "0.3", "0.4")
     assert same(outside, plain), "no time of the grid lies in the interval"
+
+
+def test_guidance_of_all_times_guides_every_step():
+    """t' of t = 1 is a hair above 1 in float32 for these latents; the default interval ends at 1."""
+    seen = []
+
+    def weak(x, t, y):
+        seen.append(t[0].item())
+        return torch.zeros_like(x)
+
+    velocity = dits.guided(lambda x, t, y: x, torch.zeros(1).long(), 1.42, weak)
+    dits.sample(velocity, torch.randn(1, 2, 2, 2), 50, dits.shift_for((384, 16, 16)))
+    assert len(seen) == 50 and seen[0] == 1
+
+
+def test_a_batch_script_of_slurm_is_no_launch_of_several_processes(monkeypatch):
+    """Its job has SLURM_NTASKS tasks, but this command is none of them: timm would wait for the others."""
+    monkeypatch.setenv("WORLD_SIZE", "")  # so that it is put back
+    monkeypatch.delenv("WORLD_SIZE")
+    for name, value in (("SLURM_NTASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")):
+        monkeypatch.setenv(name, value)
+    args = argparse.Namespace(device="cpu", precision="float32")
+    device, _ = encoders.set_up(args)
+    assert device.type == "cpu" and (args.distributed, args.rank, args.world_size) == (False, 0, 1)
 
 
 def test_our_files_know_their_statistics_shift_and_pixels(tmp_path):

@@ -165,13 +165,13 @@ def test_unusable_backbones_are_refused_in_one_line(tmp_path, caplog):
     torch.save({key: value for key, value in state.items() if key != "norm.bias"}, tmp_path / "short.pt")
     save_tiny_dino(tmp_path / "shallow.pt", depth=11)
     for name, reason in {
-        "absent.pt": "FileNotFoundError", "text.pt": "", "other.pt": "patch_embed", "pickle.pt": "UnpicklingError",
-        "short.pt": "norm.bias", "shallow.pt": "11 blocks",
+        "absent.pt": "FileNotFoundError", "text.pt": "", "other.pt": "patch_embed", "short.pt": "norm.bias",
+        "shallow.pt": "11 blocks", "pickle.pt": "weights_only|Weights only",  # as timm or torch says it
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match="--dino-weights") as error:
             Discriminator(tmp_path / name)
         message = str(error.value)
-        assert str(tmp_path / name) in message and reason in message and "\n" not in message, message
+        assert str(tmp_path / name) in message and re.search(reason, message) and "\n" not in message, message
     assert not caplog.records
 
 

@@ -354,7 +354,7 @@ def test_a_signal_to_one_process_stops_all_and_accumulation_equals_the_batch(set
 
 
 def test_accumulation_equals_the_whole_batch(settings, tmp_path):
-    settings |= dict(batch=5, micro_batch=5)
+    settings = settings | dict(batch=5, micro_batch=5)
     start = train(tmp_path / "start", settings, lr=1e-30, lr_end=0)["model"]
     whole = train(tmp_path / "whole", settings)
     for size in (1, 2):  # by twos: 2, 2, 1

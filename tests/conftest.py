@@ -1,13 +1,20 @@
-"""Shared by all tests: the project's root on the path, golden files by kind, few threads, no network."""
+"""Shared by all tests: golden files, small models and images, the scripts in a process or several; no network."""
 
+import csv
 import json
 import os
+import socket
+import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,7 +56,7 @@ def published_decoder(model):
     """The state dict of a Decoder in the key names of the published files: the inverse of decoder.from_published."""
     state = {"trainable_cls_token": model.cls, "decoder_pos_embed": model.positions}
     names = {"norm1": "layernorm_before", "norm2": "layernorm_after", "proj": "attention.output.dense",
-             "fc1": "intermediate.dense", "fc2": "output.dense"}  # fmt: skip
+             "fc1": "intermediate.dense", "fc2": "output.dense"}
     for kind in ("weight", "bias"):
         for theirs, module in {"embed": model.embed, "norm": model.norm, "pred": model.to_pixels}.items():
             state[f"decoder_{theirs}.{kind}"] = getattr(module, kind)
@@ -73,3 +80,119 @@ def randomize(model, seed=0, std=0.1):
     for name, parameter in model.named_parameters():
         parameter.data.normal_(std=std, generator=generator).add_("norm" in name and name.endswith("weight"))
     return model.eval().requires_grad_(False)
+
+
+def weights_by_formula(shapes_file, bias):
+    """Weights as tests/golden/README.md makes them: key name -> seed -> values."""
+    state = {}
+    for key, shape in json.loads((ROOT / "tests" / "golden" / shapes_file).read_text()).items():
+        rs = np.random.RandomState(zlib.crc32(key.encode()))
+        if key.endswith("num_batches_tracked"):
+            value = np.zeros(shape)
+        elif key.endswith(("running_var", "bn.weight")):
+            value = 1 + 0.1 * rs.rand(*shape)
+        elif key.endswith(("running_mean", "bias")):
+            value = bias * rs.standard_normal(shape)
+        else:
+            value = rs.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+        state[key] = torch.from_numpy(np.asarray(value, dtype=np.float32))
+    return state
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """Path of Inception's weights, by formula."""
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(weights_by_formula("inception_state_shapes.json", 0.1), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def lpips_weights(tmp_path_factory):
+    """Paths of VGG16 by formula and of the published heads."""
+    folder = tmp_path_factory.mktemp("lpips")
+    torch.save(weights_by_formula("vgg16_state_shapes.json", 0.05), folder / "vgg.pth")
+    arrays, *_ = read_golden(ROOT / "tests" / "golden" / "lpips.npz")
+    heads = {f"lin{i}.model.1.weight": arrays[f"lin{i}"].view(1, -1, 1, 1) for i in range(5)}
+    torch.save(heads, folder / "heads.pth")
+    return str(folder / "vgg.pth"), str(folder / "heads.pth")
+
+
+def save_tiny_dino(path, depth=12, seed=0, **shape):
+    """A random ViT in a file that --dino-weights takes: 32 px, patch 8, so 16 tokens; `shape` overrides."""
+    torch.manual_seed(seed)
+    shape = dict(img_size=32, patch_size=8, embed_dim=16, num_heads=2) | shape
+    vit = timm.models.VisionTransformer(num_classes=0, depth=depth, **shape)
+    torch.save(vit.state_dict(), path)
+    return path
+
+
+def make_images(folder, count, size=(32, 32), classes=(), seed=0):
+    """`count` PNG files of smooth random colours, each with a brightness of its own; in turn in folders `classes`."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        parent = Path(folder) / classes[i % len(classes)] if classes else Path(folder)
+        parent.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 128, (5, 5, 3)) + rng.integers(0, 128, (1, 1, 3))
+        Image.fromarray(coarse.astype(np.uint8)).resize(size, Image.BICUBIC).save(parent / f"{i:04}.png")
+    return Path(folder)
+
+
+def rows(out):
+    """The rows of a run's log.csv."""
+    with open(Path(out) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def flat(value, prefix=""):
+    """A nested dictionary of tensors as {path: value}."""
+    if not isinstance(value, (dict, list)):
+        return {prefix: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for name, inner in items for key, leaf in flat(inner, f"{prefix}/{name}").items()}
+
+
+def assert_identical(a, b):
+    """Two checkpoints are equal bit for bit."""
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        same = torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]
+        assert same, f"{key} differs"
+
+
+def start(script, *flags, **environment):
+    """A script in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def start_ranks(script, *flags, count=2):
+    """A script in `count` processes that know each other, as torchrun starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return [start(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
+                  LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(count)]
+
+
+def finish(*processes, code=0, timeout=180):
+    """Wait for processes that have to end with `code` -> what each of them printed."""
+    printed = [process.communicate(timeout=timeout)[0] for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(printed)[-4000:]
+    return printed
+
+
+def wait_for(condition, *processes, limit=150):
+    """Until condition() holds; fails where a process ends before or the time is up."""
+    end = time.time() + limit
+    while not condition():
+        ended = [process for process in processes if process.poll() is not None]
+        if ended or time.time() > end:
+            raise AssertionError([process.kill() or process.communicate()[0][-3000:] for process in processes])
+        time.sleep(0.02)

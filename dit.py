@@ -1,10 +1,10 @@
-"""Noise to latents: the diffusion transformers DiT and DiT-DH, flow matching, and the samplers.
+"""Noise to latents: the diffusion transformers DiT and DiT-DH, flow matching, guidance and the Euler sampler.
 
 Paper: "Diffusion Transformers with Representation Autoencoders", arXiv 2510.11690, sections 4 and 5.
 
 Convention, everywhere: t = 0 is data, t = 1 is noise. x_t = (1 - t) x + t eps, and the model predicts the velocity
 v = dx_t / dt = eps - x. x are latents normalised by `normalize`, eps ~ N(0, I).
-Letters: B batch, C latent (token) channels, H x W latent grid, N = H W tokens, D model width, d width of a head.
+Notation: B batch, C latent (token) channels, H x W latent grid, N = H W tokens, D model width, d width of a head.
 
 Modules carry the names of the published checkpoints, so a state dict works here and in the authors' code alike.
 This file needs torch and numpy only.
@@ -26,11 +26,9 @@ SIZES = {
     "DiT-L": dict(width=1024, depth=24, heads=16),  # 459.7 M; with head 621.5 M, 2.35
     "DiT-XL": dict(width=1152, depth=28, heads=16),  # 677.0 M; with head 838.4 M, 2.16
 }
-SIZES |= {
-    name.replace("DiT", "DiT-DH"): size | dict(head_width=2048, head_depth=2, head_heads=16)
-    for name, size in SIZES.items()
-}
-SIZES["DiT-DH-tiny"] = dict(width=96, depth=3, heads=4, head_width=160, head_depth=1, head_heads=4)  # the demo's
+SIZES |= {name.replace("DiT", "DiT-DH"): size | dict(head_width=2048, head_depth=2, head_heads=16)
+          for name, size in SIZES.items()}
+SIZES["DiT-DH-tiny"] = dict(width=96, depth=3, heads=4, head_width=160, head_depth=1, head_heads=4)  # demo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,7 +47,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_2d(grid, d, theta=10000.0):
-    """Cosines and sines (2, N, d / 2) that turn queries and keys on a grid x grid image: one angle a channel pair.
+    """Cosines and sines (2, N, d/2) of the rotary positions on a grid x grid image, one angle for each channel pair.
 
     The first half of the pairs turns with the row, the second half with the column.
     """
@@ -57,7 +55,7 @@ def rope_2d(grid, d, theta=10000.0):
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # (grid, d/4)
     rows, columns = angles.repeat_interleave(grid, 0), angles.repeat(grid, 1)  # (N, d/4) each
     angles = torch.cat([rows, columns], 1).float()  # (N, d/2)
-    return torch.stack([angles.cos(), angles.sin()])
+    return torch.stack([angles.cos(), angles.sin()])  # (2, N, d/2)
 
 
 def rotate(x, rope):
@@ -65,6 +63,18 @@ def rotate(x, rope):
     cos, sin = rope
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, N, d/2) each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for q, k, v (B, heads, N, d) -> (B, heads, N, d).
+
+    The fused kernel serves bfloat16 on CUDA and float32 on the CPU. Elsewhere it is slower than the plain form: for
+    float32 on CUDA only the memory-efficient kernel applies, and it multiplies by three TF32 products; for bfloat16 on
+    the CPU it is several times slower. The plain form scales q, not q k^T: Inductor would make that the fused kernel.
+    """
+    if (q.device.type, q.dtype) in [("cuda", torch.bfloat16), ("cpu", torch.float32)]:
+        return F.scaled_dot_product_attention(q, k, v)
+    return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
 
 
 class Attention(nn.Module):
@@ -80,11 +90,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        if x.device.type == "cpu" and v.dtype == torch.bfloat16:  # the fused kernel is several times slower there
-            x = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).type_as(v) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class SwiGLU(nn.Module):
@@ -95,12 +101,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x):
-        gate, value = self.w12(x).chunk(2, -1)
+        gate, value = self.w12(x).chunk(2, -1)  # (B, N, hidden) each
         return self.w3(F.silu(gate) * value)
-
-
-def adaln(width, count):
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
 
 
 class Block(nn.Module):
@@ -115,13 +117,12 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width)
-        self.adaLN_modulation = adaln(width, 6)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, rope):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)
-        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-        return x
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class FinalLayer(nn.Module):
@@ -129,7 +130,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = RMSNorm(width)
         self.linear = nn.Linear(width, latent_dim)
-        self.adaLN_modulation = adaln(width, 2)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, -1)
@@ -137,7 +138,7 @@ class FinalLayer(nn.Module):
 
 
 class LatentEmbedder(nn.Module):
-    """Patch size 1: one linear map for each token, (B, C, H, W) -> (B, N, D)."""
+    """Patch size 1: one linear map for each token, (B, C, H, W) -> (B, N, D); published as a 1 x 1 convolution."""
 
     def __init__(self, latent_dim, width):
         super().__init__()
@@ -146,7 +147,7 @@ class LatentEmbedder(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x):
-        return F.linear(x.flatten(2).mT, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(x.flatten(2).mT, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
 
 
 class TimeEmbedder(nn.Module):
@@ -163,17 +164,6 @@ class TimeEmbedder(nn.Module):
             return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
 
 
-class LabelEmbedder(nn.Module):
-    """y (B,) -> (B, D); the last row of the table is the null class, which stands for "no label"."""
-
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
-
 def sincos_2d(grid, width):
     """MAE's fixed 2D positions (1, N, D): first half from the column, second half from the row, each [sin, cos]."""
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
@@ -187,95 +177,95 @@ class DiT(nn.Module):
     """The diffusion transformer (LightningDiT's blocks), with the paper's wide shallow DDT head where head_depth > 0.
 
     Plain DiT: embed, `depth` blocks modulated by time and class, final layer. DiT-DH (section 5): the same blocks are
-    the trunk; its output, with the time, modulates for each token a head of `head_depth` blocks of `head_width`, which
-    reads x_t and writes the velocity. Theorem 1: what reads x_t and writes v must be at least as wide as the C channels
-    of a token, or the loss stays above the sum of the C - D smallest eigenvalues of Cov(eps - x), however deep it is.
+    the trunk. The head, `head_depth` blocks of `head_width`, reads x_t and writes v; the trunk's output and the time
+    modulate it for each token. Theorem 1: what reads x_t and writes v must be at least C wide, or the loss stays above
+    the sum of the C - D smallest eigenvalues of Cov(eps - x), however deep the model is.
 
     Args: latent_dim C; grid H = W; num_classes: classes besides the null class, 0 for an unconditional model;
-    qk_norm: RMSNorm on queries and keys, which bf16 training needs; allow_narrow: build it against Theorem 1.
+    qk_norm: RMSNorm on queries and keys, advised for bf16 training; allow_narrow: build it against Theorem 1.
     Raises ValueError for a model that is too narrow for its tokens.
     """
 
     def __init__(self, latent_dim=768, grid=16, num_classes=1000, width=1152, depth=28, heads=16,
-                 head_width=0, head_depth=0, head_heads=0, qk_norm=False, allow_narrow=False):  # fmt: skip
+                 head_width=0, head_depth=0, head_heads=0, qk_norm=False, allow_narrow=False):
         super().__init__()
         if (head_width or width) < latent_dim and not allow_narrow:
             fit = [name for name, size in SIZES.items() if size.get("head_width", size["width"]) >= latent_dim]
-            raise ValueError(
-                f"a model of width {head_width or width} cannot represent velocities of {latent_dim}-wide tokens "
-                f"(Theorem 1 of the paper): use {', '.join(fit) or f'a width of at least {latent_dim}'}, "
-                "or insist with --allow-narrow"
-            )
+            wider = ", ".join(fit) or f"a width of at least {latent_dim}"
+            raise ValueError(f"a model of width {head_width or width} cannot represent velocities of {latent_dim}-wide "
+                             f"tokens (Theorem 1 of the paper): use {wider}, or insist with --allow-narrow")
         self.config = dict(latent_dim=latent_dim, grid=grid, num_classes=num_classes, width=width, depth=depth,
                            heads=heads, head_width=head_width, head_depth=head_depth, head_heads=head_heads,
-                           qk_norm=qk_norm)  # fmt: skip
+                           qk_norm=qk_norm)
+        self.latent_shape = (latent_dim, grid, grid)
         self.num_classes = self.null_class = num_classes
         self.depth, self.has_head = depth, head_depth > 0
         self.checkpointing = False  # recompute the blocks in backward: less memory, about a third more time
 
+        self.register_buffer("pos_embed", sincos_2d(grid, width), persistent=False)
+        self.register_buffer("rope", rope_2d(grid, width // heads), persistent=False)
         self.t_embedder = TimeEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes, width)
+        # The last row of the class table is the null class, "no label".
+        self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(num_classes + 1, width)))
         if self.has_head:
             self.s_embedder = LatentEmbedder(latent_dim, width)
             self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
-        self.x_embedder = LatentEmbedder(latent_dim, head_width or width)
-        self.blocks = nn.ModuleList(
-            [Block(width, heads, qk_norm) for _ in range(depth)]
-            + [Block(head_width, head_heads, qk_norm) for _ in range(head_depth)]
-        )
-        self.final_layer = FinalLayer(head_width or width, latent_dim)
-
-        self.register_buffer("pos_embed", sincos_2d(grid, width), persistent=False)
-        self.register_buffer("rope", rope_2d(grid, width // heads), persistent=False)
-        if self.has_head:
             self.register_buffer("head_rope", rope_2d(grid, head_width // head_heads), persistent=False)
+        self.x_embedder = LatentEmbedder(latent_dim, head_width or width)
+        sizes = [(width, heads)] * depth + [(head_width, head_heads)] * head_depth
+        self.blocks = nn.ModuleList([Block(*size, qk_norm) for size in sizes])
+        self.final_layer = FinalLayer(head_width or width, latent_dim)
         self.initialize_weights()
 
     def initialize_weights(self):
-        """As the released code. The embeds are Xavier-uniform with zero bias in both kinds of model (LatentEmbedder);
-        the other linears are so in the plain DiT alone, and keep torch's default in a DiT-DH."""
+        """As in the released code. The latent embedders are Xavier-uniform in both kinds of model."""
         for module in self.modules():
-            if isinstance(module, nn.Linear) and not self.has_head:
+            if isinstance(module, nn.Linear) and not self.has_head:  # a DiT-DH keeps torch's default
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for module in [self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]]:
+            nn.init.normal_(module.weight, std=0.02)
         # adaLN-zero: every block starts as the identity, and the model as v = 0.
         modulations = [module.adaLN_modulation[1] for module in [*self.blocks, self.final_layer]]
-        for zero in [*modulations, self.final_layer.linear]:
-            nn.init.zeros_(zero.weight)
-            nn.init.zeros_(zero.bias)
+        for module in [*modulations, self.final_layer.linear]:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
     def run(self, blocks, x, c, rope):
         for block in blocks:
             if self.checkpointing and self.training:
-                x = checkpoint(block, x, c, rope, use_reentrant=False)
+                x = checkpoint(block, x, c, rope, use_reentrant=False, preserve_rng_state=False)  # no dropout
             else:
                 x = block(x, c, rope)
         return x
 
     def forward(self, x, t, y):
-        """Velocity v (B, C, H, W), float32 outside autocast, of x_t (B, C, H, W) at times t (B,) for labels y (B,)."""
-        size = x.shape[-2:]
-        t = self.t_embedder(t)[:, None]  # (B, 1, D)
-        y = self.y_embedder(y)[:, None]  # (B, 1, D)
+        """Velocity v (B, C, H, W), float32 outside autocast, of x_t (B, C, H, W) at times t (B,) for labels y (B,).
+
+        Raises ValueError for latents of another shape than (B, C, H, W) of this model.
+        """
+        if x.shape[1:] != self.latent_shape:
+            raise ValueError(f"latents {tuple(x.shape)} are not (B, C, H, W) with this model's {self.latent_shape}")
+        t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
+        y_emb = self.y_embedder.embedding_table(y)[:, None]  # (B, 1, D)
         if self.has_head:
+            c = F.silu(t_emb + y_emb)  # (B, 1, D); each adaLN applies its own SiLU too, as in the released code
             s = self.s_embedder(x) + self.pos_embed  # (B, N, D)
-            s = self.run(self.blocks[: self.depth], s, F.silu(t + y), self.rope)
-            c = self.s_projector(F.silu(t + s))  # (B, N, D_head)
+            s = self.run(self.blocks[: self.depth], s, c, self.rope)  # (B, N, D)
+            c = self.s_projector(F.silu(t_emb + s))  # (B, N, D_head)
             x = self.x_embedder(x).float()  # (B, N, D_head); the residual stream stays in float32
-            x = self.run(self.blocks[self.depth :], x, c, self.head_rope)
+            x = self.run(self.blocks[self.depth :], x, c, self.head_rope)  # (B, N, D_head)
         else:
-            c = t + y
+            c = t_emb + y_emb  # (B, 1, D)
             x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-            x = self.run(self.blocks, x, c, self.rope)
+            x = self.run(self.blocks, x, c, self.rope)  # (B, N, D)
         x = self.final_layer(x, c)  # (B, N, C)
-        return x.mT.unflatten(2, size)  # (B, C, H, W)
+        return x.mT.unflatten(2, self.latent_shape[1:])  # (B, C, H, W)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Latent statistics, the noise schedule and the loss
+# Flow matching, in the order of a training step, and sampling. Training draws t = sigmoid(n), n ~ N(0, 1), for each
+# image from the image's own key (`draw` in train_dit.py) and then shifts it (section 4).
 
 
 def normalize(z, stats):
@@ -289,16 +279,13 @@ def denormalize(x, stats):
 
 
 def shift_for(latent_shape, base=4096):
-    """Strength a >= 1 of the time shift for latents of (C, H, W) (section 4): sqrt(C H W / base).
-
-    6.93 for (768, 16, 16), 13.86 for (768, 32, 32). More dimensions need more noise to be destroyed equally.
-    """
+    """Strength a >= 1 of the time shift: sqrt(C H W / base) (section 4). With C = 768, 6.93 at 256 px, 13.86 at 512."""
     return max(1.0, math.sqrt(math.prod(latent_shape) / base))
 
 
 def time_shift(t, a):
-    """t' = a t / (1 + (a - 1) t): moves times towards noise; keeps 0 and 1 (section 4)."""
-    return (a * t / (1 + (a - 1) * t)).clamp(max=1)  # which float32 may exceed
+    """t' = a t / (1 + (a - 1) t): moves times towards noise and keeps 0 and 1 (section 4)."""
+    return (a * t / (1 + (a - 1) * t)).clamp(max=1)  # float32 rounding may exceed 1
 
 
 def flow_matching_loss(model, x, y, t, noise):
@@ -307,55 +294,52 @@ def flow_matching_loss(model, x, y, t, noise):
     x, noise (B, C, H, W): normalised latents and N(0, I); y (B,): labels, some already dropped to the null class;
     t (B,): times, already shifted.
     """
-    s = t[:, None, None, None]
-    x_t = (1 - s) * x + s * noise
-    velocity = model(x_t, t, y).float()
-    return (velocity - (noise - x)).square().mean((1, 2, 3))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
+    level = t[:, None, None, None]  # (B, 1, 1, 1)
+    x_t = (1 - level) * x + level * noise  # (B, C, H, W)
+    v = model(x_t, t, y).float()  # (B, C, H, W)
+    return (v - (noise - x)).square().mean((1, 2, 3))  # (B,)
 
 
 def guided(model, y, scale=1.0, guide=None, interval=(0.0, 1.0)):
-    """The velocity field v(x, t) that the sampler integrates: guided = weak + scale (model - weak).
+    """The velocity field v(x, t) that `sample` integrates: weak + scale (model - weak), for labels y (B,).
 
-    y (B,): labels. The weak field is `guide`, a smaller or less trained model (AutoGuidance, arXiv 2406.02507); or,
-    without one, the same model with the null class (classifier-free guidance). Outside the closed interval of t, and
-    with scale 1, the weak field is not evaluated.
+    The weak field is `guide`, a smaller or less trained model (AutoGuidance, arXiv 2406.02507); or, without one, the
+    same model with the null class (classifier-free guidance). Outside the closed interval of t, and with scale 1, the
+    weak field is not evaluated. The published numbers guide all t in [0, 1].
     """
     weak, weak_y = (guide, y) if guide is not None else (model, torch.full_like(y, model.null_class))
 
     def velocity(x, t):
-        times = x.new_full((len(x),), t.item())
-        v = model(x, times, y).float()
+        times = x.new_full((len(x),), t.item())  # (B,)
+        v = model(x, times, y).float()  # (B, C, H, W)
         if scale == 1 or not interval[0] <= t <= interval[1]:
             return v
-        v_weak = weak(x, times, weak_y).float()
+        v_weak = weak(x, times, weak_y).float()  # (B, C, H, W)
         return v_weak + scale * (v - v_weak)
 
     return velocity
 
 
 def sample_noise(seed, indices, shape):
-    """Starting noise of samples: image i is a function of (seed, i) alone, whatever the batch or the number of GPUs."""
+    """Starting noise (B, *shape) of the samples `indices`: that of sample i is a function of (seed, i) alone."""
     noise = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(noise))
 
 
 @torch.no_grad()
-def sample(velocity, noise, steps=50, shift=1.0, heun=False):
-    """Integrate dx/dt = velocity(x, t) from noise (t = 1) to data (t = 0): normalised latents shaped like noise.
+def sample(velocity, noise, steps=50, shift=1.0, watch=None):
+    """Integrate dx/dt = velocity(x, t) from noise (t = 1) to data (t = 0) by Euler's method on steps + 1 shifted times.
 
-    Euler on steps + 1 uniform times, each shifted. heun: second order, with two evaluations in each step but the last.
-    `velocity` gets t as a 0-dimensional float32 tensor on the CPU, so that looking at it never waits for the GPU.
+    noise (B, C, H, W): N(0, I) -> normalised latents (B, C, H, W). `velocity` gets t as a 0-dimensional float32 tensor
+    on the CPU, so no step waits for the GPU. watch(step, estimate), where given, is called in each step from 0 to
+    steps - 1 with the estimate x_t - t v of the clean latents (B, C, H, W); the last one is the sample itself.
     """
-    grid = time_shift(torch.linspace(1, 0, steps + 1), shift)
+    times = time_shift(torch.linspace(1, 0, steps + 1), shift)  # (steps + 1,)
     x = noise
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
-        v = velocity(x, t)
-        if heun and t_next > 0:
-            v = (v + velocity(x + (t_next - t).item() * v, t_next)) / 2
+    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        v = velocity(x, t)  # (B, C, H, W)
+        if watch is not None:
+            watch(step, x - t.item() * v)
         x = x + (t_next - t).item() * v
     return x
 
@@ -365,54 +349,47 @@ def sample(velocity, noise, steps=50, shift=1.0, heun=False):
 
 
 def config_from_state(state):
-    """The arguments of `DiT` for a published state dict: shapes tell all but the head counts, which go by width."""
-    heads = {size["width"]: size["heads"] for size in SIZES.values()} | {
-        size["head_width"]: size["head_heads"] for size in SIZES.values() if "head_width" in size
-    }
+    """The arguments of `DiT` for a published state dict. Shapes tell all but the head counts; those go by width."""
+    heads = {size[f"{part}width"]: size[f"{part}heads"] for size in SIZES.values() for part in ("", "head_")
+             if f"{part}width" in size}
     rows, width = state["y_embedder.embedding_table.weight"].shape
     head_width, latent_dim = state["x_embedder.proj.weight"].shape[:2]
-    has_head = "s_embedder.proj.weight" in state
-    if not {width, head_width} <= heads.keys() or has_head == (width == head_width):
+    if not {width, head_width} <= heads.keys():
         raise ValueError(f"no known size has blocks of widths {width} and {head_width}; known: {', '.join(SIZES)}")
     blocks = [len(value) for key, value in state.items() if key.startswith("blocks.") and key.endswith(".norm1.weight")]
     config = dict(latent_dim=latent_dim, grid=round(state["pos_embed"].shape[1] ** 0.5), num_classes=rows - 1,
                   width=width, depth=blocks.count(width), heads=heads[width],
-                  qk_norm="blocks.0.attn.q_norm.weight" in state)  # fmt: skip
-    if has_head:
+                  qk_norm="blocks.0.attn.q_norm.weight" in state)
+    if head_width != width:
         config |= dict(head_width=head_width, head_depth=blocks.count(head_width), head_heads=heads[head_width])
     return config
 
 
 def load_dit(path):
-    """Read a diffusion model: our dit.pt, or a published stage-2 file (a state dict, or one under "ema").
+    """Read a diffusion model: {"config": arguments of `DiT`, "model": weights, ...}, or a published stage-2 state dict.
 
-    Returns (model on the CPU, in eval mode, without gradients; info). For our files info has "stats" {"mean", "var"},
-    each (C, H, W), "encoder" (its name, image size, pixel mean and std), "shift", "label_dropout" and "epoch"; for
-    published ones it is empty.
-    Raises FileNotFoundError, and ValueError for a file that is neither or is damaged; in one line.
+    Returns (model on the CPU, in eval mode, without gradients; info). info has what else the file holds of "stats" (the
+    latent statistics {"mean", "var"}, (C, H, W) each), "encoder" (its name, image size, pixel mean and std), "shift"
+    (a of the time shift), "label_dropout", "epoch" and "classes" (their names).
+    Raises FileNotFoundError; ValueError, in one line, for a file that is no diffusion model or is damaged.
     """
-    fix = "give the path of a dit.pt of train_dit.py or a published stage2_model.pt"
+    fix = "give a dit.pt of train_dit.py or a published stage2_model.pt"
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no diffusion model at {path}: {fix}") from None
-    except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
-        reason = f"not a checkpoint of tensors and plain values ({type(error).__name__})"
-        raise ValueError(f"{path} is {reason}: {fix}") from None
-    file = file if isinstance(file, dict) else {"kind": type(file).__name__}
-    state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
-    published = "kind" not in file and "x_embedder.proj.weight" in state
-    if not published and file.get("kind") != "dit":
-        found = file.get("kind", f"the keys {list(state)[:3]}")
-        raise ValueError(f"{path} is not a diffusion model, ours or published; found in it: {found}; {fix}")
-    try:
-        config = config_from_state(state) if published else file["config"]
+        state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
+        config = config_from_state(state) if "pos_embed" in state else file["config"]
         model = DiT(**config, allow_narrow=True)
         model.load_state_dict({k: v for k, v in state.items() if k != "pos_embed" and "feat_rope" not in k})
-        if not all(value.isfinite().all() for value in state.values()):
-            raise ValueError("its weights are not finite")
-        info = {} if published else {key: file[key] for key in ("stats", "encoder", "shift", "label_dropout", "epoch")}
-    except Exception as error:  # a key is missing, or a size is not as it should be
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ValueError(f"{path} is damaged or of another version ({reason}): {fix}") from None
+        optional = ("stats", "encoder", "shift", "label_dropout", "epoch", "classes")
+        info = {key: file[key] for key in optional if key in file}
+        stats = [info["stats"][key] for key in ("mean", "var")] if "stats" in info else []
+        if any(value.shape != model.latent_shape for value in stats):
+            raise ValueError(f"its latent statistics are not of the shape {model.latent_shape}")
+        if not all(value.isfinite().all() for value in [*state.values(), *stats]):
+            raise ValueError("it has values that are not finite")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no diffusion model at {path}: {fix}") from None
+    except Exception as error:  # foreign and damaged files fail in many ways; the first sentence names the cause
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
+        raise ValueError(f"{path} is not a diffusion model, or is damaged ({reason}): {fix}") from None
     return model.eval().requires_grad_(False), info

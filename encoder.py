@@ -1,56 +1,77 @@
-"""Images to latents: data sets, crops, the loader, the frozen representation encoders, latent statistics; and what the
-scripts share: command line, device, the folder of a training run.
+"""Images to latents: data sets, crops, the loader, the frozen representation encoders, latent statistics.
 
 Paper: "Diffusion Transformers with Representation Autoencoders", arXiv 2510.11690, section 3.
-Letters: B batch, C latent (token) channels, H x W latent grid. Images are uint8 (B, 3, S, S) from the loader and float
-in [0, 1] for the encoder. This file needs torch, numpy, timm and Pillow only.
+Notation: B batch, C latent (token) channels, H x W latent grid, S image side in pixels.
+Images are uint8 (B, 3, S, S) from the loader and float in [0, 1] for the encoder.
+
+The last section is what the scripts of this project share: flags, processes, checkpoints, the log, signals. Whoever
+copies this file alone deletes it. The file needs torch, numpy, timm, Pillow and, for that section, tqdm.
 """
 
 import argparse
 import colorsys
+import contextlib
 import csv
-import difflib
-import fcntl
+import datetime
 import functools
+import math
 import os
-import re
-import resource
 import signal
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import timm
-import timm.utils
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Image files and crops
+
+SPLITS = {"train", "val", "valid", "validation", "test"}
+
+
+def folders_in(root):
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def training_folder(root):
+    """`root` itself, or root/train where all its folders are among train, val, valid, validation and test."""
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"no folder {root}: give a folder of images")
+    folders = folders_in(root)
+    if not folders or not {folder.name for folder in folders} <= SPLITS:
+        return root
+    if not (root / "train").is_dir():
+        raise ValueError(f"{root} holds {folders[0].name}/ but no train/: give {folders[0]} itself, or add train/")
+    return root / "train"
 
 
 def find_images(root):
     """All images below a folder -> (paths sorted within classes, labels, class names).
 
-    Labels follow the first-level folders in sorted order, whatever lies deeper; a folder without class folders is one
-    class. A folder with train/ and val/ inside means its train/. Files are what Pillow reads, hidden ones left out.
-    Raises ValueError for a folder that is missing, without images, or with an empty class.
+    Labels follow the first-level folders in sorted order, whatever lies deeper. A folder without folders is one class.
+    Where its folders are all among train, val, valid, validation and test, its train/ is read. Files are those with an
+    ending that Pillow reads; hidden ones are left out.
+    Raises ValueError for a folder that is missing, without images, with an empty class, or with val/ but no train/.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"no folder {root}: give a folder of images")
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        root = root / "train"
-    suffixes = tuple(Image.registered_extensions().keys() - {".pdf"})  # which Pillow only writes
+    root = training_folder(root)
+    folders = folders_in(root)
+    suffixes = tuple(Image.registered_extensions().keys() - {".pdf"})  # Pillow only writes PDF
 
     def is_image(name):
         return name.lower().endswith(suffixes) and not name.startswith(".")
 
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     loose = sorted(path.name for path in root.iterdir() if path.is_file() and is_image(path.name))
     if folders and loose:
         raise ValueError(f"{root} holds both class folders and images ({loose[0]}): move the images away")
@@ -71,7 +92,7 @@ def open_image(path):
     """Any image file -> upright 8-bit RGB: EXIF rotation applied, 16 bits scaled, transparency laid on white."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would clip instead of scale
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert would clip it
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -112,7 +133,8 @@ class ImageFolder:
     """A folder of images as `find_images` reads it; open(i) gives (PIL image, label)."""
 
     def __init__(self, root):
-        paths, labels, self.classes = find_images(root)
+        self.root = training_folder(root)
+        paths, labels, self.classes = find_images(self.root)
         self.paths = np.array([os.fsencode(path) for path in paths])  # an array: loader workers share its memory
         self.labels = np.array(labels)
 
@@ -149,7 +171,7 @@ SHAPES = {  # name -> (outline, hole or None), in units of the radius, y downwar
     "heart": (heart(), None),
     "arrow": (np.array([(0, -1), (0.85, 0), (0.33, 0), (0.33, 1), (-0.33, 1), (-0.33, 0), (-0.85, 0)]), None),
     "hourglass": (np.array([(-0.8, -0.95), (0.8, -0.95), (0.12, 0), (0.8, 0.95), (-0.8, 0.95), (-0.12, 0)]), None),
-}  # fmt: skip
+}
 
 
 class Shapes:
@@ -158,7 +180,7 @@ class Shapes:
     Class, hue, place, size, rotation and background are a function of (seed, i) alone.
     """
 
-    classes = list(SHAPES)
+    root, classes = "shapes", list(SHAPES)
 
     def __init__(self, count, size, seed=0):
         self.count, self.size, self.seed, self.drawn = count, size, seed, {}
@@ -204,20 +226,23 @@ def image_source(data, size):
 
 
 def random_key(*numbers):
-    """Hash (seed, epoch, position, ...) to 63 bits, which seed everything drawn for one image at one step."""
+    """Hash (seed, epoch, position, ...) to 63 bits. They seed everything that is drawn for one image at one step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Images(torch.utils.data.Dataset):
-    """Items (index, key) -> (uint8 image (3, S, S), label, key, number of broken files replaced).
+    """Items (index, key) -> (uint8 image (3, S, S), label, key).
 
-    transform(image, rng) -> PIL image draws from a generator seeded by the key. A file that cannot be read is named on
-    stderr and replaced by another, chosen from the same generator, with its own label: so batches keep their shape.
-    strict: it is an error instead, for evaluation.
+    transform(image, rng=...) -> PIL image draws from a generator seeded by the key. A file that cannot be read is named
+    once on stderr and marked in `unreadable`, a bool for each image that all loader processes share. In its place
+    stands another image, chosen by the same generator, with its own label: so batches keep their shape.
+    strict, for evaluation: a black image stands there, and the caller looks at `unreadable`.
+    Raises ValueError after 100 unreadable files in a row.
     """
 
     def __init__(self, source, transform, strict=False):
         self.source, self.transform, self.strict = source, transform, strict
+        self.unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.source)
@@ -225,20 +250,25 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, item):
         index, key = item
         rng = np.random.default_rng(key)
-        for replaced in range(100):
+        for _ in range(100):
             try:
                 image, label = self.source.open(index)
-                image = np.asarray(self.transform(image, rng))
-                return torch.from_numpy(image.transpose(2, 0, 1).copy()), label, key, replaced
+                return self.to_tensor(image, rng), label, key
             except Exception as error:  # Pillow raises nearly any kind for a damaged file
                 if not hasattr(self.source, "paths"):
                     raise
                 path = os.fsdecode(self.source.paths[index])
-                if self.strict:
-                    raise ValueError(f"cannot read {path} ({error}): repair or remove it") from None
-                print(f"unreadable image replaced by another: {path} ({error})", file=sys.stderr, flush=True)
-                index = int(rng.integers(len(self.source)))
+                if not self.unreadable[index]:
+                    self.unreadable[index] = True
+                    print(f"cannot read {path} ({error})", file=sys.stderr, flush=True)
+            if self.strict:
+                return self.to_tensor(Image.new("RGB", (64, 64)), rng), 0, key
+            index = int(rng.integers(len(self.source)))
         raise ValueError(f"100 images in a row could not be read, the last one {path}: check the data folder")
+
+    def to_tensor(self, image, rng):
+        image = np.asarray(self.transform(image, rng=rng))
+        return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
 @functools.lru_cache(maxsize=2)
@@ -249,7 +279,7 @@ def epoch_order(count, seed, epoch):
 def training_batches(count, batch, micro_batch, steps, seed, rank=0, world_size=1):
     """Micro-batches [(index, key), ...] of one rank, over the steps of the range `steps`.
 
-    The images are one endless stream, epoch after epoch, each in an order of its own; step s takes the `batch` images
+    The images are one endless stream, epoch after epoch, each in an order of its own. Step s takes the `batch` images
     from position s * batch on, and rank r its r-th part of them. So what a step sees depends on neither the number of
     processes nor the micro-batch, no image is skipped at the end of an epoch, and a run resumes at any step.
     """
@@ -265,8 +295,11 @@ def training_batches(count, batch, micro_batch, steps, seed, rank=0, world_size=
 
 
 def outlive_signals(_):
-    """Loader workers leave Ctrl-C and SIGTERM to their trainer, whose last step needs them. Its own SIGTERM, by which
-    Python stops them where the trainer fails, ends them at once."""
+    """Loader workers ignore Ctrl-C, and SIGTERM where another process than their trainer sends it.
+
+    torchrun signals the whole process group, and the trainer's last step still needs its workers. The trainer's own
+    SIGTERM, by which Python ends them when it fails, ends them at once.
+    """
 
     def await_trainer():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
@@ -279,85 +312,107 @@ def outlive_signals(_):
         threading.Thread(target=await_trainer, daemon=True).start()
 
 
-def make_loader(dataset, batches, workers, device):
-    """workers None: by the cores of this process, at most 12; none for `shapes`, which are kept once they are drawn."""
+def default_workers():
+    """Loader processes for one GPU: the cores that this process may use, but one, at most 12; none on Windows."""
+    if not hasattr(os, "fork"):
+        return 0
+    cores, processes = os.cpu_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        cores = len(os.sched_getaffinity(0))
+        if cores < len(os.sched_getaffinity(os.getppid())):  # the launcher has given each process cores of its own
+            processes = 1
+    return max(1, min(12, cores // processes - 1))
+
+
+def make_loader(images, batches, workers, device):
+    """The DataLoader of `Images`. workers None: by the cores; none for `shapes`, which are kept once they are drawn."""
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
-        workers = max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
-        workers = workers if hasattr(dataset.source, "paths") else 0
+        workers = default_workers() if hasattr(images.source, "paths") else 0
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
+        images, batch_sampler=batches, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
         prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals,
-        multiprocessing_context="fork" if workers else None,  # the workers share the list of files, and get lambdas
-    )  # fmt: skip
+        multiprocessing_context="fork" if workers else None,  # the workers share the list of files
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The frozen encoders
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+ENCODERS = {  # name -> timm model. Channels C, published rFID-50k of ViT-XL decoders without noise
+    "dinov2-s": "vit_small_patch14_reg4_dinov2.lvd142m",  # 384, 0.52
+    "dinov2-b": "vit_base_patch14_reg4_dinov2.lvd142m",  # 768, 0.49
+    "dinov2-l": "vit_large_patch14_reg4_dinov2.lvd142m",  # 1024, 0.52
+    "dinov3-s": "vit_small_patch16_dinov3.lvd1689m",  # 384
+    "dinov3-b": "vit_base_patch16_dinov3.lvd1689m",  # 768
+    "dinov3-l": "vit_large_patch16_dinov3.lvd1689m",  # 1024
+    "siglip2-b": "vit_base_patch16_siglip_256.v2_webli",  # 768, 0.53
+    "siglip2-l": "vit_large_patch16_siglip_256.v2_webli",  # 1024
+    "siglip2-so400m": "vit_so400m_patch16_siglip_256.v2_webli",  # 1152
+    "mae-b": "vit_base_patch16_224.mae",  # 768, 0.16
+    "random-tiny": "vit_tiny_patch16_224",  # 128; the demo's, with random weights from a fixed seed: it knows nothing
+}
 
-# name -> timm model, pixel statistics, and what the Hugging Face encoders, which the published decoders were trained
-# on, do otherwise than timm: MAE's positions are resized without antialias and its LayerNorms have eps 1e-12; SigLIP2
-# has tanh-GELU.
-ENCODERS = {
-    "dinov2-s": dict(model="vit_small_patch14_reg4_dinov2.lvd142m", pixels=IMAGENET),
-    "dinov2-b": dict(model="vit_base_patch14_reg4_dinov2.lvd142m", pixels=IMAGENET),
-    "dinov2-l": dict(model="vit_large_patch14_reg4_dinov2.lvd142m", pixels=IMAGENET),
-    "siglip2-b": dict(model="vit_base_patch16_siglip_256.v2_webli", pixels=HALF, vit=dict(act_layer="gelu_tanh")),
-    "mae-b": dict(model="vit_base_patch16_224.mae", pixels=IMAGENET, antialias=False,
-                  vit=dict(norm_layer=functools.partial(nn.LayerNorm, eps=1e-12))),
-    # The demo's encoder: a small ViT whose weights are random, from a fixed seed. It has learned nothing.
-    "random-tiny": dict(
-        model="vit_tiny_patch16_224", pixels=HALF,
-        vit=dict(patch_size=8, embed_dim=128, depth=3, num_heads=4, class_token=False, global_pool=""),
-    ),
-}  # fmt: skip
+
+def timm_name(name):
+    """A name of ENCODERS or timm's own name of a model -> timm's name. Raises ValueError where timm has none."""
+    model = ENCODERS.get(name, name)
+    if not timm.is_model(model.partition(".")[0]) or timm.get_pretrained_cfg(model) is None:
+        raise ValueError(f"unknown encoder {name}: give one of {', '.join(ENCODERS)}, or a timm ViT by its name")
+    return model
+
+
+def pixel_statistics(name):
+    """{"mean", "std"}: three values each, by which the encoder normalises the channels of images in [0, 1]."""
+    row = timm.get_pretrained_cfg(timm_name(name))
+    return dict(mean=list(row.mean), std=list(row.std))
 
 
 class Encoder(nn.Module):
-    """A frozen vision transformer: images (B, 3, S, S) in [0, 1] -> latents (B, C, H, W), un-normalised.
+    """A frozen vision transformer: images (B, 3, S, S) in [0, 1] -> latents (B, C, H, W), un-normalised (section 3).
 
-    name: one of ENCODERS, or any timm vision transformer by its timm name. image_size: the images' side in pixels;
-    models with patch 14 see images of 14/16 of it, so that the grid is image_size / 16. weights: a local file in timm's
-    key names; without it timm downloads them. vit: further arguments for timm's model.
-    The final norm has no affine, and prefix tokens (CLS, registers) are dropped (section 3).
+    name: one of ENCODERS, or any timm vision transformer by its timm name. image_size: the side in pixels that the
+    encoder is built for; models with patch 14 see 14/16 of it, so that the grid is image_size / 16. weights: a local
+    file in timm's or the authors' key names; without it they are downloaded. options: more arguments of timm's model.
+    The final norm has no affine, and prefix tokens (CLS, registers) are dropped.
     Attributes: latent_dim C, grid H = W, mean and std (1, 3, 1, 1) of its pixels.
     Raises ValueError, in one line, for unknown names, sizes that don't fit and weights that are out of reach.
     """
 
-    def __init__(self, name="dinov2-b", image_size=256, weights=None, **vit):
+    def __init__(self, name="dinov2-b", image_size=256, weights=None, **options):
         super().__init__()
-        row = ENCODERS.get(name, dict(model=name))
-        vit = row.get("vit", {}) | vit
-        if not timm.is_model_pretrained(row["model"]) and (weights is None or name not in timm.list_models()):
-            near = nearest(name, [*ENCODERS, *timm.list_models("*vit*", pretrained=True)])
-            raise ValueError(f"unknown encoder {name}: one of {', '.join(ENCODERS)}, or a timm ViT by its name{near}")
+        model = timm_name(name)
+        # The published decoders were trained on Hugging Face's encoders, from which timm's differ: SigLIP has the tanh
+        # form of GELU there; MAE has eps 1e-12 in its norms and resizes its positions without antialias.
+        if "siglip" in model:
+            options = dict(act_layer="gelu_tanh") | options
+        if model.endswith(".mae"):
+            options = dict(norm_layer=functools.partial(nn.LayerNorm, eps=1e-12)) | options
+        if name == "random-tiny":
+            options = dict(patch_size=8, embed_dim=128, depth=3, num_heads=4, class_token=False, global_pool="")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the weights of random-tiny; the others get theirs once all is known to fit
-            self.vit = timm.create_model(row["model"], num_classes=0, **vit)
+            torch.manual_seed(0)  # the weights of random-tiny
+            self.vit = timm.create_model(model, num_classes=0, **options)
         if not isinstance(self.vit, (timm.models.VisionTransformer, timm.models.Eva)):
             raise ValueError(f"encoder {name} is a {type(self.vit).__name__}: choose a vision transformer")
         patch = self.vit.patch_embed.feat_ratio()
         multiple = 16 if patch == 14 else patch
         if image_size < 1 or image_size % multiple:
             raise ValueError(f"image size {image_size} does not fit encoder {name}: use a multiple of {multiple}")
-        if name == "random-tiny" and weights is not None:
-            raise ValueError(f"encoder {name} takes no --encoder-weights {weights}: choose the --encoder they are of")
         if name != "random-tiny":
-            self.vit = load_vit(self.vit, row["model"], weights, vit)
+            load_vit(self.vit, model, weights)
+        elif weights is not None:
+            raise ValueError(f"encoder {name} takes no --encoder-weights {weights}: choose the --encoder they are of")
 
         self.name, self.image_size, self.latent_dim = name, image_size, self.vit.embed_dim
         self.grid = image_size // multiple
         self.input_size = self.grid * patch
-        self.resize_positions(antialias=row.get("antialias", True))
+        self.resize_positions(antialias=not model.endswith(".mae"))
         # The last norm, without affine; timm calls it fc_norm in models that pool their tokens before it.
         norms = [norm for norm in (self.vit.norm, self.vit.fc_norm) if hasattr(norm, "eps")]
         norm = norms[0] if norms else nn.LayerNorm(self.latent_dim, eps=1e-6)
         norm.weight = norm.bias = None
         self.vit.norm, self.vit.fc_norm, self.vit.attn_pool = norm, nn.Identity(), None  # and nothing after it
-        pixels = row.get("pixels") or {key: self.vit.pretrained_cfg[key] for key in ("mean", "std")}
+        pixels = pixel_statistics(name)
         self.register_buffer("mean", torch.tensor(pixels["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(pixels["std"]).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -380,50 +435,72 @@ class Encoder(nn.Module):
     def record(self):
         """What a checkpoint keeps of its encoder: plain values."""
         return dict(name=self.name, image_size=self.image_size, latent_dim=self.latent_dim, grid=self.grid,
-                    mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())  # fmt: skip
+                    mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
 
     @torch.no_grad()
     def forward(self, images):
-        size = (self.input_size, self.input_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", align_corners=False)
+        if not images.is_floating_point():
+            raise ValueError(f"the encoder takes float images in [0, 1], not {images.dtype}: divide by 255")
+        if images.shape[-1] > self.image_size:  # decoder upsampling: reduce as the diffusion model's centre crops are
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True)
+            images = images.clamp(0, 1)
+        if images.shape[-1] != self.input_size:  # the released code resizes so, without antialias
+            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")
         tokens = self.vit.forward_features((images - self.mean) / self.std)  # (B, prefix + N, C)
         tokens = tokens[:, self.vit.num_prefix_tokens :].float()  # (B, N, C)
         return tokens.mT.unflatten(2, (self.grid, self.grid))  # (B, C, H, W)
 
 
-def load_vit(network, model, weights, vit):
-    """timm's vision transformer with its pretrained weights: from the hub, or from a local file into `network`."""
-    hub = f"https://huggingface.co/{network.pretrained_cfg.get('hf_hub_id')}"
-    fix = f"fetch model.safetensors of {hub} and pass it with --encoder-weights PATH"
-    if weights is None:
-        try:
-            return timm.create_model(model, pretrained=True, num_classes=0, **vit)
-        except Exception as error:  # the hub's client raises many kinds
-            raise ValueError(f"cannot download the weights of {model} ({type(error).__name__}): {fix}") from None
-    if not os.path.isfile(weights):
-        raise ValueError(f"no encoder weights at {weights}: {fix}")
+def download(url):
+    """Path of the file at a URL in torch's hub folder (TORCH_HOME), downloaded once. Raises OSError at once offline.
+
+    timm's own download asks several times for 45 seconds before it says that there is no network.
+    """
+    name = "_".join(part for part in url.split("/")[3:] if part not in ("resolve", "main"))
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        urllib.request.urlopen(url, timeout=10).close()  # torch.hub would wait for ever for a host that is silent
+        torch.hub.download_url_to_file(url, path)
+    return path
+
+
+def weights_url(pretrained_cfg):
+    """Where timm's weights of a model are."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    name = pretrained_cfg.get("hf_hub_id")
+    return f"{hub}/{name}/resolve/main/model.safetensors" if name else pretrained_cfg["url"]
+
+
+def load_vit(vit, model, weights=None):
+    """Fill timm's vision transformer with its pretrained weights: from the file `weights`, or downloaded once."""
+    url = weights_url(vit.pretrained_cfg)
+    fix = f"fetch {url} and pass it with --encoder-weights PATH"
+    family = timm.models.eva if isinstance(vit, timm.models.Eva) else timm.models.vision_transformer
     try:
-        state = timm.models.load_state_dict(weights, weights_only=True)
-        for key, value in network.state_dict().items():
-            if key.startswith(("norm.", "fc_norm.", "attn_pool.")):
-                continue
-            if state[key].shape != value.shape or not state[key].isfinite().all():
-                raise KeyError(key)
-    except KeyError as error:
-        reason = f"{error} is missing, of another shape or not finite"
-        raise ValueError(f"{weights} does not fit {model}, {reason}: {fix}") from None
-    except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
-        raise ValueError(f"{weights} is not a file of encoder weights ({type(error).__name__}): {fix}") from None
-    network.load_state_dict(state, strict=False)  # a head or a pooling layer in the file has no use here
-    return network
+        path = weights or download(url)
+        keys = timm.models.load_checkpoint(vit, path, strict=False, filter_fn=family.checkpoint_filter_fn)
+        missing = [key for key in keys.missing_keys if not key.startswith(("norm.", "fc_norm.", "attn_pool."))]
+        if missing or not all(value.isfinite().all() for value in vit.state_dict().values()):
+            raise ValueError(f"{missing[0]} is missing" if missing else "values that are not finite")
+    except Exception as error:  # the download and the readers of files raise many kinds
+        problem = f"cannot download the weights of {model}"
+        if weights:
+            problem = f"cannot read {weights} as weights of {model}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{problem} ({reason}): {fix}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Latent statistics
 
 
-def latent_statistics(encoder, loader, device, distributed=False):
+def fill_up(batch, size):
+    """(B, ...) -> (size, ...): the last item again where B < size, so that a compiled model meets one shape only."""
+    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
+
+
+def latent_statistics(encoder, loader, device):
     """Mean and variance of each latent element over the images of the loaders of all ranks.
 
     Returns {"mean", "var"}, each (C, H, W) float32; accumulated in float64, so that neither the batch size nor the
@@ -431,11 +508,14 @@ def latent_statistics(encoder, loader, device, distributed=False):
     """
     shape = (encoder.latent_dim, encoder.grid, encoder.grid)
     sums = torch.zeros(3, *shape, dtype=torch.float64, device=device)  # of 1, z and z^2
+    size = 0
     for images, *_ in loader:
-        z = encoder(images.to(device, non_blocking=True).float() / 255).double()  # (B, C, H, W)
+        count, size = len(images), max(size, len(images))
+        images = fill_up(images.to(device, non_blocking=True).float() / 255, size)
+        z = encoder(images)[:count].double()  # (B, C, H, W)
         sums += torch.stack([torch.ones_like(z), z, z.square()]).sum(1)
-    if distributed:
-        torch.distributed.all_reduce(sums)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
     mean, square = sums[1:] / sums[0]
     return {"mean": mean.float(), "var": (square - mean.square()).clamp(min=0).float()}
 
@@ -443,192 +523,374 @@ def latent_statistics(encoder, loader, device, distributed=False):
 def load_stats(path, shape):
     """Read a stat.pt, ours or published: {"mean": None or (C, H, W), "var": (C, H, W)}; None means 0.
 
-    Raises FileNotFoundError, and ValueError for another content or another shape than `shape` (C, H, W).
+    Raises ValueError, in one line, where there is none, or one of another shape than `shape` (C, H, W).
     """
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no latent statistics at {path}: give the path of a stat.pt with --stats") from None
+        var = file["var"].float()
+        mean = torch.zeros_like(var) if file["mean"] is None else file["mean"].float()
+        if mean.shape != tuple(shape) or var.shape != tuple(shape):
+            raise ValueError(f"shape {tuple(var.shape)}, the model needs {tuple(shape)}")
+        if not mean.isfinite().all() or not (var.isfinite() & (var >= 0)).all():
+            raise ValueError("values that are not finite, or a negative variance")
     except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
-        raise ValueError(f"{path} is not a file of tensors ({type(error).__name__}): give a stat.pt") from None
-    if not isinstance(file, dict) or "mean" not in file or not torch.is_tensor(file.get("var")):
-        found = file.get("kind", list(file)[:3]) if isinstance(file, dict) else type(file).__name__
-        raise ValueError(f"{path} holds no latent statistics, a mean and a var; found in it: {found}; give a stat.pt")
-    var, mean = file["var"], torch.zeros_like(file["var"]) if file["mean"] is None else file["mean"]
-    for value in (mean, var):
-        if value.shape != tuple(shape):
-            raise ValueError(f"{path} has statistics of shape {tuple(value.shape)}, the model needs {tuple(shape)}")
-    if not mean.isfinite().all() or not (var.isfinite() & (var >= 0)).all():
-        raise ValueError(f"{path} has statistics that are not finite, or a negative variance: measure them again")
-    return {"mean": mean.float(), "var": var.float()}
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"--stats {path} holds no latent statistics for this model ({reason}): "
+                         "give a stat.pt, ours or published") from None
+    return {"mean": mean, "var": var}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the scripts share: the command line
+# =====================================================================================================================
+# What the scripts of this project share, to the end of the file: flags, processes, checkpoints, the log, signals.
+# Whoever copies this file alone deletes it.
+# =====================================================================================================================
 
 
-def nearest(name, names):
-    """The end of a message about an unknown name: "; did you mean dinov2-s or dinov2-b?", or nothing."""
-    near = difflib.get_close_matches(name, names, n=2)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+def number(kind, least=None, above=None, below=2**63):
+    """An argparse type: an int or float with least <= value or above < value, and value < below."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not value < below or (least is not None and not value >= least) or (above is not None and not value > above):
+            what = "an integer" if kind is int else "a number"
+            bound = f"above {above}" if least is None else f"of at least {least}"
+            end = "" if below == 2**63 else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"{text} is not {what} {bound}{end}")
+        return value
+
+    return parse
 
 
-class Arguments(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and whose help shows the defaults where there are any."""
+natural, count = number(int, least=0), number(int, least=1)
+nonnegative, positive = number(float, least=0), number(float, above=0)
+share = number(float, least=0, below=1)
+
+# A row for each flag: its type, its default in each preset, its meaning. A tuple lists the choices, a list is the types
+# of several values, bool is a switch.
+PRESETS = ("imagenet256", "imagenet512", "demo")
+RUN_FLAGS = [
+    ("--out", Path, None, None, None, "folder for everything written (default: runs/<preset>/<stage>)"),
+    ("--device", ("cuda", "cpu"), None, None, None, "device (default: cuda where there is one)"),
+    ("--workers", natural, None, None, None, "loader processes for each GPU (default: by the cores, at most 12)"),
+    ("--precision", ("float32", "tf32", "bf16"), "tf32", "tf32", "tf32",
+     "precision of matrix products, the encoder's too; tf32 is float32 on a CPU; bf16 training needs --qk-norm"),
+    ("--compile", argparse.BooleanOptionalAction, None, None, None, "torch.compile (default: on CUDA)"),
+    ("--checkpointing", bool, False, False, False, "recompute activations in backward: less memory, slower"),
+    ("--log-every", count, None, None, None, "steps between rows of log.csv (default: 100; less in a short run)"),
+    ("--save-every", positive, None, None, None, "epochs between checkpoints (default: 1, but at least 500 steps)"),
+    ("--seed", natural, 0, 0, 0, "seed of the initial weights and of everything that is drawn"),
+]
+# Arguments that may change between the runs in one folder: they shape no result, or only how long it is worked on.
+FREE = {"preset", "out", "data", "device", "workers", "compile", "checkpointing", "log_every", "save_every",
+        "preview_every", "epochs", "micro_batch", "encoder_weights"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are one line and whose help shows the defaults of the preset."""
 
     def error(self, message):
         time.sleep(10 * (os.environ.get("RANK", "0") != "0"))  # rank 0 says it, and torchrun then ends the others
-        wrong = re.search("(?:invalid choice: |unrecognized arguments: )'?([^ '=]+)", message)
-        names = re.findall(r"[\w-]+", message.partition("choose from")[2]) or list(self._option_string_actions)
-        self.exit(2, f"{self.prog}: error: {message}{nearest(wrong[1], names) if wrong else ''}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            if value == "":  # as of a variable that the shell does not know
-                self.error(f"--{name.replace('_', '-')} '': is empty, give a value or leave the flag out")
+            if str(value) == "" and value is not None:  # as from a variable that the shell does not know
+                self.error(f"--{name.replace('_', '-')} is empty: give a value or leave the flag out")
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if args.device == "cuda" and not torch.cuda.is_available():
             self.error("--device cuda: PyTorch finds no GPU here, use --device cpu")
         return args
 
-    def check_numbers(self, args, above=(), least=()):
-        """Refuse arguments that are not above 0, or at least 0, or more than a generator or a schedule takes."""
-        for name in (*above, *least):
-            value = 1 if getattr(args, name) is None else getattr(args, name)
-            if not 0 <= value < 2**63 or name in above and not value:
-                bound = "above" if name in above else "of at least"
-                self.error(f"--{name.replace('_', '-')} {value}: must be a number {bound} 0 and below 2^63")
 
-    def check_out(self, path, folder=True):
-        """Refuse an --out (Path) that cannot be made or written, before any work."""
-        there = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
-        if there.is_dir() != (folder or there != path) or not os.access(there, os.W_OK):
-            self.error(f"--out {path}: {there} is not a {'folder' if folder else 'place'} to write to, choose another")
+def make_parser(description, flags, argv):
+    """A parser with a flag for each row of the table `flags`, and --preset, which picks the column of defaults."""
+    pre = argparse.ArgumentParser(add_help=False)
+    pre.add_argument("--preset", default=PRESETS[0])
+    preset = pre.parse_known_args(argv)[0].preset
+    parser = Parser(description=description.partition("\n\n")[0])
+    parser.runs = Path("runs") / preset
+    parser.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help="column of defaults; the first two are "
+                        "the paper's (default: imagenet256)")
+    for flag, kind, *defaults, meaning in flags:
+        default = dict(zip(PRESETS, defaults, strict=True)).get(preset)
+        shown = "" if default is None or kind is bool else f" (default: {default})"
+        how = dict(type=kind)
+        if isinstance(kind, tuple):
+            how = dict(choices=kind)
+        elif isinstance(kind, list):
+            how = dict(type=kind[0], nargs=len(kind) if len(kind) > 1 else "+")
+        elif kind is bool:
+            how = dict(action="store_true")
+        elif kind is argparse.BooleanOptionalAction:
+            how = dict(action=kind)
+        parser.add_argument(flag, default=default, help=(meaning + shown).replace("%", "%%"), **how)
+    return parser
 
-    def format_help(self):
-        for action in self._actions:
-            if action.default not in (None, argparse.SUPPRESS) and action.default is not False:
-                action.help += " (default: %(default)s)"
-        return super().format_help()
+
+@contextlib.contextmanager
+def one_line_refusals(parser):
+    """The frame around a script's work. Bad input is a ValueError or FileNotFoundError wherever it is found, in a
+    process of the loader too: it ends the script in one line. Everything else keeps its traceback."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    message = None
+    try:
+        yield
+        if dist.is_initialized():  # not after a failure: a rank that fails alone must not wait for the others
+            dist.destroy_process_group()
+    except (ValueError, FileNotFoundError) as error:
+        lines = str(error).strip().splitlines()  # a loader's process puts its traceback in front
+        message = lines[-1].removeprefix("ValueError: ") if lines else repr(error)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if message:  # here, since the traceback would keep the loader's processes alive
+        parser.error(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the scripts share: device, compilation, errors
+# Processes and devices
 
 
 def set_up(args):
-    """Join the process group and set the precision of matrix products -> device, autocast. Sets args.rank and so on."""
-    os.environ.setdefault("WORLD_SIZE", "1")  # torchrun sets it; timm would take a SLURM allocation for a launch
-    device = timm.utils.init_distributed_device(args)
+    """Join torchrun's processes, where it started several, and set the precision -> (device, autocast).
+
+    Sets args.rank and args.world_size.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    args.rank, args.world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
+    device = torch.device(args.device)
     if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
         torch.backends.cudnn.allow_tf32 = args.precision != "float32"
+    if args.world_size > 1:
+        # NCCL's own limit of ten minutes would end a run whose rank 0 takes longer over a checkpoint or a preview.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
+                                device_id=device if device.type == "cuda" else None)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def compile_blocks(*models):
-    """Block by block: quick, and gradients leave for the other ranks early."""
-    torch._dynamo.config.optimize_ddp = False  # which would cut each block at the bounds of DDP's buckets
+    """Compile block by block: that is quick, and gradients leave for the other ranks early."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block at the bounds of DDP's buckets
     for model in models:
         for block in model.blocks:
-            block.compile(dynamic=False)  # else a smaller last batch leaves a slower graph that then serves all
+            block.compile(dynamic=False)  # one graph for each shape; a dynamic one is slower and would serve them all
 
 
-def guard(train, *arguments):
-    """train(...), after which the signal handlers are back; what its user can mend ends the process in one line."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return train(*arguments)
-    except (OSError, RuntimeError, ValueError) as error:
-        loader = "DataLoader worker" in str(error) or "could not be read" in str(error)
-        if not loader and not isinstance(error, (OSError, torch.OutOfMemoryError)):
-            raise
-        what = "the loader failed" if loader else "stopped"
-        cause = (str(error.__cause__ or "") or str(error)).strip().splitlines()[-1].rstrip(".")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    # outside of the except clause, whose traceback would keep the loader's processes alive
-    sys.exit(f"{what}: {cause}. The same command resumes; where memory is short: a smaller --micro-batch, "
-             "--checkpointing, fewer --workers")  # fmt: skip
+def distribute(model, device):
+    """DDP around the model where there are several processes. Call the result, never the model inside it."""
+    if not dist.is_initialized():
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # they are equal on all ranks; as an argument it is deprecated
+    return ddp
+
+
+def make_ema(model, decay):
+    """timm's moving average of the weights, frozen and in eval mode. update(model, step) counts steps from 1.
+
+    The decay at step n is min(decay, (n - 1) / (n + 8)), so that the first steps replace the initial weights. At a
+    constant 0.9978 a run of 100 steps would keep 81 % of them.
+    """
+    ema = ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
+    return ema.requires_grad_(False)
+
+
+def agree(stopping, *values):
+    """The step's only wait for the GPU: its scalar tensors as floats, and whether any rank has been told to stop."""
+    stop = torch.full_like(values[0], bool(stopping))
+    if dist.is_initialized():
+        dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+    *values, stop = torch.stack([*values, stop]).tolist()
+    return *values, bool(stop)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the trainers share: the folder of a run
+# A training run: its steps, its folder, its log, its end
 
 
-def claim(folder):
-    """Keep the folder to this run while it lives: two that save into one would break each other's checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "a")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another run is writing to {folder}: wait for its end, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    return lock
+class Plan:
+    """How the batch splits over processes and micro-batches, and how many steps the epochs are.
 
-
-def save(files):
-    """Write checkpoints {path: content} beside their places, then move them there: what is at a path is always whole,
-    and the files of one save belong together. The last one moves last: resuming from it, the others are there."""
-    try:
-        for path, content in files.items():
-            with open(f"{path}.tmp", "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in files:
-            os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:
-        for name in files:
-            Path(f"{name}.tmp").unlink(missing_ok=True)
-        cause = error.__context__ or error  # of which torch reports what follows from it
-        if "DataLoader" in str(cause):  # one of the loader's processes has died meanwhile
-            raise cause from None
-        sys.exit(f"cannot write {path} ({cause}); what was there before is untouched: make room, run again to resume")
-
-
-def read_last(folder, recorded, kind, result):
-    """last.pt of a run to resume, or None. Refuses a folder that holds another run, naming what differs.
-
-    recorded: the arguments that shape the result; kind: the script; result: the name of its other file.
+    Raises ValueError for a batch that does not divide over the processes.
     """
-    path = folder / "last.pt"
-    if not path.exists():
-        if (folder / result).exists() and not (folder / "last.pt.tmp").exists():  # killed in the first save
-            raise ValueError(f"{folder} holds a {result} but no last.pt to resume from: choose another --out")
-        return None
-    try:
-        last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if last["kind"] != kind or "step" not in last:
-            raise KeyError(kind)
-        theirs = last["args"]
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this script, or damaged ({type(error).__name__}): put back a "
-                         "copy, or move the folder away") from None  # fmt: skip
-    differ = [f"{key} {theirs.get(key)}, now {recorded.get(key)}" for key in sorted(recorded.keys() | theirs.keys())
-              if theirs.get(key) != recorded.get(key)]  # fmt: skip
-    if differ:
-        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differ)}): choose another --out")
-    return last
+
+    def __init__(self, args, images):
+        self.local_batch, rest = divmod(args.batch, args.world_size)
+        if rest or not self.local_batch:
+            raise ValueError(f"--batch {args.batch} does not divide over {args.world_size} processes")
+        self.accumulate = math.ceil(self.local_batch / args.micro_batch)
+        self.micro_batch = math.ceil(self.local_batch / self.accumulate)  # the last one may be smaller
+        self.steps_per_epoch = images / args.batch
+        self.total = max(1, round(args.epochs * self.steps_per_epoch))
+        self.log_every = args.log_every or max(1, min(100, self.total // 20))
+        self.save_every = self.interval(args.save_every, 1)
+        self.words = (f"batch {args.batch} = {args.world_size} processes x {self.accumulate} x {self.micro_batch}; "
+                      f"{self.total} steps, {self.steps_per_epoch:.4g} an epoch")
+
+    def interval(self, epochs, default):
+        """`epochs`; where they are not given the default, but at least 500 steps."""
+        return max(default, 500 / self.steps_per_epoch) if epochs is None else epochs
+
+    def due(self, done, epochs):
+        """Which interval of so many epochs ends when `done` steps are done: 1, 2, ...; 0: none does."""
+        interval = round(done / (epochs * self.steps_per_epoch)) if epochs else 0
+        return interval if done == round(interval * epochs * self.steps_per_epoch) else 0
 
 
-def open_log(path, start, fields):
-    """A writer of log.csv, without the rows of steps after `start`, which are done again."""
-    rows = list(csv.DictReader(path.read_text().splitlines())) if start and path.exists() else []
-    file = open(f"{path}.tmp", "w", newline="", buffering=1)  # each line goes to the disk at once
-    log = csv.DictWriter(file, fields)
-    log.writeheader()
-    log.writerows(row for row in rows if int(row["step"]) <= start)
-    os.replace(f"{path}.tmp", path)
-    return log
+def describe(source):
+    """The line that says what --data was read as."""
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(source.classes[:5]))
+    more = ", ..." if len(source.classes) > 5 else ""
+    return f"{source.root}: {len(source)} images, {len(source.classes)} classes ({names}{more})"
 
 
-def peak_memory(device):
-    """GiB: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+def resume(args, free, kind, result, **data):
+    """What a run goes on from -> (last.pt of the folder --out or None, the record for its next last.pt, first step).
+
+    free: arguments that may change; kind: the script; result: the name of its other checkpoint; data: what identifies
+    the images. Raises ValueError, naming what differs, for a folder that holds another run, and for a damaged last.pt.
+    """
+    recorded = {key: value for key, value in vars(args).items() if key not in free | {"rank", "world_size"}} | data
+    path, last, start = args.out / "last.pt", None, 0
+    if path.exists():
+        try:
+            last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            start, before = last["step"], last["args"]
+            if last["kind"] != kind:
+                raise KeyError(kind)
+        except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
+            raise ValueError(f"{path} is damaged, or no checkpoint of {kind}.py ({type(error).__name__}): put back a "
+                             "copy, or move the folder away") from None
+        differ = [f"{key} {str(before.get(key))[:60]}, now {str(recorded.get(key))[:60]}"
+                  for key in sorted(before.keys() | recorded.keys()) if before.get(key) != recorded.get(key)]
+        if differ:
+            raise ValueError(f"{args.out} holds a run with other settings ({'; '.join(differ)}): choose another --out, "
+                             f"and --init {args.out / result} to go on from its weights")
+    elif (args.out / result).exists() and not (args.out / "last.pt.tmp").exists():  # left where a first save is killed
+        raise ValueError(f"{args.out} holds a {result} but no last.pt to resume from: choose another --out")
+    if dist.is_initialized():
+        starts = [None] * args.world_size
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            raise ValueError(f"the processes see different files at {path}: put --out on a disk that all nodes share")
+    return last, recorded, start
+
+
+def training_loader(images, args, plan, start, device):
+    """An iterator over this rank's micro-batches from step `start` on, and the steps that are left."""
+    steps = range(start, plan.total)
+    batches = training_batches(len(images), args.batch, plan.micro_batch, steps, args.seed, args.rank, args.world_size)
+    return iter(make_loader(images, batches, args.workers, device)), steps
+
+
+def save_checkpoint(files):
+    """Write {path: content} beside their places, then move them there: what is at a path is always whole.
+
+    last.pt comes last in `files` and moves last: who resumes from it finds the other files of the same step.
+    """
+    for path, content in files.items():
+        # torch's checksums take 30 s of the 40 s that a last.pt of 17 GB takes, and torch.load does not look at them.
+        torch.serialization.set_crc32_options(path.name != "last.pt")
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    torch.serialization.set_crc32_options(True)
+    for path in files:
+        os.replace(f"{path}.tmp", path)
+
+
+class Log:
+    """log.csv, the lines on the terminal and the progress bar, of rank 0.
+
+    add() takes tensors and keeps their sums on the device. row() writes their means since the last row, over steps and
+    ranks; what is not finite is left out of them. Rows of steps after `start`, which are done again, are dropped.
+    """
+
+    def __init__(self, args, plan, columns, start, device):
+        self.batch, self.plan, self.device, self.main_rank = args.batch, plan, device, args.rank == 0
+        self.bar = tqdm(total=plan.total, initial=start, unit="step", disable=not self.main_rank, dynamic_ncols=True)
+        self.new_interval(start)
+        if self.main_rank:
+            path = args.out / "log.csv"
+            args.out.mkdir(parents=True, exist_ok=True)
+            rows = list(csv.DictReader(path.read_text().splitlines())) if start and path.exists() else []
+            file = open(f"{path}.tmp", "w", newline="", buffering=1)  # each line goes to the disk at once
+            self.csv = csv.DictWriter(file, ["step", "epoch", *columns, "images_per_s", "memory_gb", "skipped"])
+            self.csv.writeheader()
+            self.csv.writerows(row for row in rows if int(row["step"]) <= start)
+            os.replace(f"{path}.tmp", path)
+
+    def new_interval(self, step):
+        self.sums, self.first, self.time = {}, step, time.perf_counter()
+
+    def add(self, **values):
+        for name, value in values.items():
+            value = value.detach().float().flatten()
+            finite = value.isfinite()
+            self.sums[name] = self.sums.get(name, 0) + torch.stack([value.where(finite, 0).sum(), finite.sum()])
+
+    def step(self, loss):
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.update()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The images per second leave out the time of what is done in here."""
+        began = time.perf_counter()
+        yield
+        self.time += time.perf_counter() - began
+
+    def row(self, step, **numbers):
+        sums = torch.stack(list(self.sums.values()))  # (names, 2)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        means = {name: total / n for name, (total, n) in zip(self.sums, sums.tolist(), strict=True) if n}
+        seconds = (time.perf_counter() - self.time) / (step - self.first)
+        numbers = means | numbers | dict(images_per_s=self.batch / seconds)
+        if self.device.type == "cuda":
+            numbers |= dict(memory_gb=torch.cuda.max_memory_allocated() / 2**30)
+        self.write(step, datetime.timedelta(seconds=int((self.plan.total - step) * seconds)), **numbers)
+        self.new_interval(step)
+
+    def write(self, step, left="", **numbers):
+        if self.main_rank:
+            row = dict(step=step, epoch=f"{step / self.plan.steps_per_epoch:.4f}")
+            row |= {name: f"{value:.6g}" for name, value in numbers.items()}
+            self.csv.writerow(row)
+            self.bar.write(" ".join(f"{name} {value}" for name, value in row.items()) + f" left {left}" * bool(left))
+            sys.stdout.flush()
+
+
+def stop_by_signal(rank):
+    """A list that is filled when Ctrl-C or SIGTERM comes: the run ends after its step, with a checkpoint. A second
+    Ctrl-C ends it at once."""
+    stopping = []
+
+    def stop(number, _):
+        if not stopping and rank == 0:
+            os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once, without a checkpoint\n")
+        stopping.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return stopping
+
+
+def finish(args, done, stop, bad_in_a_row):
+    """The last words of a training loop. Exits with 1 where it gave up after 20 steps without a finite gradient."""
+    if bad_in_a_row == 20:
+        sys.exit(f"stopped at step {done}: the gradient was not finite 20 times in a row; {args.out}/last.pt has the "
+                 "weights from before. Try --precision tf32, --qk-norm or a smaller --lr" if args.rank == 0 else 1)
+    if stop and args.rank == 0:
+        print(f"stopped and saved at step {done}; the same command resumes", flush=True)

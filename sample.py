@@ -1,8 +1,9 @@
-"""From checkpoints to images: sample, or reconstruct, into a PNG grid, an npz for fid.py, or a folder of PNG files.
+"""From checkpoints to images: sample, or reconstruct, into a PNG grid or an npz for fid.py.
 
     python sample.py --classes 207 360 --per-class 8 --out samples.png                # inputs from runs/imagenet256/
     python sample.py --dit dit.pt --decoder decoder.pt --guide weak.pt --scale 1.42   # AutoGuidance
     python sample.py --scale 2 --interval 0.1 0.9                                     # classifier-free guidance
+    python sample.py --preset demo --trajectory --out trajectory.png                  # from noise to image
     torchrun --nproc_per_node=gpu sample.py --num-samples 50000 --out samples.npz     # for FID: class-balanced labels
     torchrun --nproc_per_node=gpu sample.py --reconstruct imagenet/val --out recon.npz
     python sample.py --reconstruct photo.jpg --out recon.png                          # original beside reconstruction
@@ -11,296 +12,276 @@ Paper: arXiv 2510.11690. Sample i is the same image for any batch size and any n
 The published checkpoints (nyu-visionx/RAE-collections) go through the same flags; a bare diffusion model needs --stats.
 """
 
-import json
 import os
+import shutil
+import signal
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
-import decoder as decoders
-import dit as dits
-import encoder as encoders
+from decoder import image_grid, load_decoder, to_uint8
+from dit import denormalize, guided, load_dit, sample, sample_noise, shift_for
+from encoder import (RUN_FLAGS, Encoder, Images, center_crop, compile_blocks, count, fill_up, image_source, load_stats,
+                     make_loader, make_parser, nonnegative, number, one_line_refusals, open_image, pixel_statistics,
+                     set_up)
 
-IMAGENET = dict(classes=[207, 360, 387, 974, 88, 979, 417, 279], per_class=4, steps=50, scale=1.0, batch=32)
-PRESETS = {
-    "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | dict(batch=8),
-    "demo": IMAGENET | dict(classes=list(range(10)), per_class=10, steps=25, scale=2.0, batch=100),
-}
+time = number(float, least=0, below=1 + 1e-9)
+FLAGS = [
+    # flag              type         imagenet256  imagenet512  demo           meaning
+    ("--dit",           str,         None,        None,        None,
+     "diffusion model, ours or published (default: runs/<preset>/dit/dit.pt)"),
+    ("--decoder",       str,         None,        None,        None,
+     "decoder, ours or published (default: runs/<preset>/decoder/decoder.pt)"),
+    ("--stats",         str,         None,        None,        None,
+     "latent statistics of a published diffusion model"),
+    ("--encoder",       str,         "dinov2-b",  "dinov2-b",  "random-tiny",
+     "encoder of published checkpoints; ours know theirs"),
+    ("--encoder-weights", str,       None,        None,        None,
+     "local file for --reconstruct, instead of the download"),
+    ("--classes",       [str],       None,        None,        None,
+     "classes to draw, by number or name (default: the model's first ten)"),
+    ("--per-class",     count,       None,        None,        None,
+     "images of each class (default: 4; demo: 10; with --trajectory: 1)"),
+    # not --num: torchrun takes that for an abbreviation of flags of its own
+    ("--num-samples",   count,       None,        None,        None,
+     "draw this many images instead, all classes in turn"),
+    ("--unconditional", bool,        False,       False,       False,         "draw without a class"),
+    ("--scale",         nonnegative, 1.0,         1.0,         2.0,
+     "guidance scale; 1: none; the paper's AutoGuidance: 1.42 at 256 px, 1.5 at 512 px"),
+    ("--guide",         str,         None,        None,        None,
+     "weaker diffusion model: AutoGuidance instead of classifier-free guidance"),
+    ("--interval",      [time, time], [0.0, 1.0], [0.0, 1.0],  [0.0, 1.0],
+     "lowest and highest time t that is guided"),
+    ("--steps",         count,       50,          50,          25,            "Euler steps"),
+    ("--trajectory",    bool,        False,       False,       False,
+     "draw each sample as a row of eight: the estimate x_t - t v, from t = 1 to the sample"),
+    ("--reconstruct",   str,         None,        None,        None,
+     "photo, or folder of images, to encode and decode instead of sampling"),
+    ("--out",           Path,        Path("samples.png"), Path("samples.png"), Path("samples.png"),
+     ".png: a grid, replaced where it exists; .npz: uint8 (n, H, W, 3)"),
+    ("--overwrite",     bool,        False,       False,       False,         "replace an npz that exists"),
+    ("--batch",         count,       32,          8,           100,           "images at a time in each process"),
+]
+FLAGS += [row for row in RUN_FLAGS if row[0] in ("--seed", "--precision", "--compile", "--workers", "--device")]
 
 
 def parse_args(argv):
-    pre = encoders.Arguments(add_help=False)
-    pre.add_argument("--preset", default="imagenet256")
-    defaults = PRESETS.get(pre.parse_known_args(argv)[0].preset, {})
-
-    parser = encoders.Arguments(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="imagenet256", help="the set of defaults")
-    add("--dit", metavar="PATH", help="diffusion model, ours or published (default runs/<preset>/dit/dit.pt)")
-    add("--decoder", metavar="PATH", help="decoder, ours or published (default runs/<preset>/decoder/decoder.pt)")
-    add("--stats", metavar="PATH", help="latent statistics of a published diffusion model")
-    add("--encoder", choices=encoders.ENCODERS, default="dinov2-b", help="that of published checkpoints; ours know it")
-    add("--encoder-weights", metavar="PATH", help="local file instead of timm's download, for --reconstruct")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--classes", type=int, nargs="+", help="class numbers to draw")
-    add("--per-class", type=int, help="images of each class")
-    # not --num: torchrun takes that for an abbreviation of flags of its own
-    either("--num-samples", type=int, metavar="N", help="draw this many images instead, all classes in turn")
-    add("--unconditional", action="store_true", help="draw without a class")
-    add("--scale", type=float, help="guidance scale; 1: none; the paper's AutoGuidance: 1.42 at 256 px, 1.5 at 512 px")
-    add("--guide", metavar="PATH", help="a weaker diffusion model: AutoGuidance instead of classifier-free guidance")
-    add("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times t that are guided")
-    add("--steps", type=int, help="steps of the sampler")
-    add("--heun", action="store_true", help="Heun's method, two model evaluations for each step; default Euler")
-    add("--reconstruct", metavar="PATH", help="encode and decode a photo, or a folder of images, instead of sampling")
-    add("--out", default="samples.png", help=".png: a grid; .npz: uint8 (n, H, W, 3); else a folder of PNG files")
-    add("--overwrite", action="store_true", help="replace an npz or a folder that was made with other settings")
-    add("--seed", type=int, default=0, help="of the starting noise")
-    add("--batch", type=int, help="images at a time in each process")
-    add("--precision", choices=["float32", "tf32", "bf16"], default="tf32", help="bf16 is reported to cost FID")
-    add("--compile", action="store_true", help="torch.compile: pays for thousands of images on a GPU")
-    add("--workers", type=int, default=min(4, os.cpu_count()), help="loader processes, for --reconstruct")
-    add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
-    parser.set_defaults(**defaults)
+    parser = make_parser(__doc__, FLAGS, argv)
     args = parser.parse_args(argv)
-    args.dit = args.dit or f"runs/{args.preset}/dit/dit.pt"
-    args.decoder = args.decoder or f"runs/{args.preset}/decoder/decoder.pt"
-    args.out = Path(args.out)
-    parser.check_numbers(args, above=("per_class", "num_samples", "steps", "batch"), least=("seed", "workers", "scale"))
-    low, high = args.interval
-    if not 0 <= low <= high <= 1:
-        parser.error(f"--interval {low:g} {high:g}: give 0 <= LOW <= HIGH <= 1")
-    ending, photo = args.out.suffix.lower(), args.reconstruct and os.path.isfile(args.reconstruct)
-    if ending in Image.registered_extensions().keys() - {".png"} | {".npy", ".pt"} or photo and ending != ".png":
-        parser.error(f"--out {args.out}: give a .png" + ("" if photo else ", an .npz, or a folder for PNG files"))
-    if photo and args.out.exists() and os.path.samefile(args.reconstruct, args.out):
-        parser.error(f"--out {args.out} is the photo itself: choose another")
-    parser.check_out(args.out, folder=ending not in (".png", ".npz"))
+    args.dit = args.dit or parser.runs / "dit" / "dit.pt"
+    args.decoder = args.decoder or parser.runs / "decoder" / "decoder.pt"
+    if args.interval[0] > args.interval[1]:
+        parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give LOW <= HIGH")
+    if args.num_samples and (args.classes or args.per_class):
+        parser.error("--num-samples draws all classes in turn: leave --classes and --per-class out")
+    if args.trajectory and (args.steps < 8 or args.reconstruct):
+        parser.error(f"--trajectory needs sampling in at least 8 steps, not --steps {args.steps} or --reconstruct")
+    if args.out.suffix not in (".png", ".npz"):
+        parser.error(f"--out {args.out}: give a .png or an .npz")
+    if args.out.suffix == ".npz" and args.out.exists() and not args.overwrite:
+        parser.error(f"--out {args.out} exists: give --overwrite to replace it, or another name")
+    if args.reconstruct and not os.path.exists(args.reconstruct) and args.reconstruct != "shapes":
+        parser.error(f"--reconstruct {args.reconstruct} is not there: give a photo, a folder, or `shapes`")
+    if args.reconstruct and os.path.isfile(args.reconstruct):
+        if args.out.suffix != ".png" or args.out.exists() and os.path.samefile(args.reconstruct, args.out):
+            parser.error(f"--out {args.out}: give another .png for the photo and its reconstruction")
+    per_class = 10 if args.preset == "demo" else 4
+    args.per_class = args.per_class or (1 if args.trajectory else per_class)
     return parser, args
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
 def load_models(args):
-    """The sampler's two or three models, checked against each other -> (dit, guide or None, stats, shift, decoder)."""
-    model, info = dits.load_dit(args.dit)
+    """The models of the sampler, checked against each other -> (dit, guide or None, stats, shift, decoder, names)."""
+    model, info = load_dit(args.dit)
     shape = (model.config["latent_dim"], model.config["grid"], model.config["grid"])
     if not args.stats and "stats" not in info:
         raise ValueError(f"{args.dit} is a bare diffusion model: give its latent statistics with --stats stat.pt")
-    stats = encoders.load_stats(args.stats, shape) if args.stats else info["stats"]
-    decoder, record = load_decoder(args, info.get("encoder"))
+    stats = load_stats(args.stats, shape) if args.stats else info["stats"]
+    encoder = info.get("encoder", {"name": args.encoder})["name"]
+    decoder, record = decoder_and_encoder(args, encoder)
     found = (decoder.config["latent_dim"], decoder.config["grid"], decoder.config["grid"])
-    if found != shape:
-        raise ValueError(f"{args.decoder} decodes latents of shape {found}, but {args.dit} draws {shape}")
-    name = info.get("encoder", dict(name=args.encoder))["name"]
-    if record["name"] != name:
-        raise ValueError(f"{args.decoder} belongs to encoder {record['name']}, but {args.dit} to {name}"
-                         + ("" if "encoder" in info else ", as --encoder says"))  # fmt: skip
+    if found != shape or record["name"] != encoder:
+        raise ValueError(f"{args.decoder} decodes latents {found} of {record['name']}, but {args.dit} draws {shape} of "
+                         f"{encoder}: give a pair that belongs together, or the right --encoder")
     guide = None
     if args.guide:
         if args.scale == 1:
             raise ValueError(f"--guide {args.guide} needs a --scale: the paper has 1.42 at 256 px and 1.5 at 512 px")
-        guide, theirs = dits.load_dit(args.guide)
-        ours = {key: model.config[key] for key in ("latent_dim", "grid", "num_classes")} | {"encoder": name}
-        theirs = guide.config | {"encoder": theirs.get("encoder", {}).get("name", name)}
-        differ = ", ".join(f"{key} {theirs[key]} instead of {ours[key]}" for key in ours if theirs[key] != ours[key])
+        guide, weak = load_dit(args.guide)
+        differ = [key for key in ("latent_dim", "grid", "num_classes") if guide.config[key] != model.config[key]]
+        differ += ["encoder"] * (weak.get("encoder", {"name": encoder})["name"] != encoder)
         if differ:
-            raise ValueError(f"--guide {args.guide} does not fit {args.dit}: {differ}")
+            raise ValueError(f"--guide {args.guide} has another {', '.join(differ)} than {args.dit}: choose one to match")
     elif args.scale != 1 and (args.unconditional or not model.num_classes or info.get("label_dropout") == 0):
         raise ValueError(f"--scale {args.scale:g}: no classifier-free guidance without classes, or for a model trained "
-                         "without label dropout; give --scale 1, or a weaker model by --guide")  # fmt: skip
-    return model, guide, stats, info.get("shift", dits.shift_for(shape)), decoder
+                         "without label dropout; give --scale 1, or a weaker model by --guide")
+    return model, guide, stats, info.get("shift", shift_for(shape)), decoder, info.get("classes", [])
 
 
-def load_decoder(args, encoder=None):
-    """The decoder, and the record of its encoder. A published one belongs to `encoder`, or else to --encoder."""
-    if not encoder:
-        encoder = encoders.ENCODERS[args.encoder]["pixels"] | {"name": args.encoder}
-    decoder, info = decoders.load_decoder(args.decoder, {key: encoder[key] for key in ("mean", "std")})
-    return decoder, info.get("encoder", encoder | {"image_size": decoder.config["grid"] * 16})
+def decoder_and_encoder(args, encoder=None):
+    """The decoder, and the record of its encoder; a published one belongs to `encoder`, or else to --encoder."""
+    name = encoder or args.encoder
+    decoder, info = load_decoder(args.decoder, pixel_statistics(name))
+    return decoder, info.get("encoder", dict(name=name, image_size=decoder.config["grid"] * 16))
 
 
-def labels_of(args, model):
-    """The class of every sample in order, the null class for none."""
+def labels_of(args, model, names):
+    """The class of every sample in order; the null class where there is none."""
+    classes = args.classes or [str(i) for i in range(min(10, model.num_classes))]
     if args.unconditional or not model.num_classes:
-        return [model.null_class] * (args.num_samples or len(args.classes) * args.per_class)
+        return [model.null_class] * (args.num_samples or max(1, len(classes)) * args.per_class)
     if args.num_samples:
         return [i % model.num_classes for i in range(args.num_samples)]
-    wrong = [c for c in args.classes if not 0 <= c < model.num_classes]
-    if wrong:
-        raise ValueError(f"--classes {wrong[0]}: {args.dit} knows the classes 0 to {model.num_classes - 1}")
-    return [c for c in args.classes for _ in range(args.per_class)]
+    numbers = {str(i): i for i in range(model.num_classes)} | {name: i for i, name in enumerate(names)}
+    for name in classes:
+        if name not in numbers:
+            known = f"0 to {model.num_classes - 1}" + f", or names such as {', '.join(names[:5])}" * bool(names)
+            raise ValueError(f"--classes {name}: {args.dit} knows {known}")
+    return [numbers[name] for name in classes for _ in range(args.per_class)]
 
 
-class Output:
-    """Where images go by the ending of the path: images[i] = uint8 (H, W, 3) and flush() on any rank, then close().
+def generate(args, device, autocast):
+    """Samples -> (how many, images of each, columns of a grid, image side S, batches).
 
-    Of a folder only the missing files are asked for. An npz, or a PNG grid, is made at the end from a file of raw bytes
-    beside it, which all ranks write to, so it must be on a disk that all nodes share.
+    batches(indices) yields uint8 (n, S, S, 3): the images of the samples with these indices, in order.
     """
+    model, guide, stats, shift, decoder, names = load_models(args)
+    labels = labels_of(args, model, names)
+    model, decoder, guide = model.to(device), decoder.to(device), guide.to(device) if guide else None
+    stats = {key: value.to(device) for key, value in stats.items()}
+    compiled = args.compile if args.compile is not None else device.type == "cuda" and len(labels) >= 1000
+    if compiled:
+        compile_blocks(decoder, model, *([guide] if guide else []))
+    shown = set(np.linspace(0, args.steps - 1, 8).round().astype(int).tolist()) if args.trajectory else {args.steps - 1}
 
-    def __init__(self, path, shape, settings, overwrite, columns):
-        self.path, self.shape, self.columns = path, shape, columns
-        self.settings = json.dumps(settings, sort_keys=True)
-        self.kind = path.suffix.lower() if path.suffix.lower() in (".png", ".npz") else "folder"
-        self.note, self.raw = path / ".settings.json", path.with_name(path.name + ".tmp.raw")
-        found = None  # the settings of what is there
-        if self.kind == "folder" and path.exists() and any(path.iterdir()):
-            if not self.note.exists():
-                raise ValueError(f"{path} is a folder with other content: choose another --out")
-            found = self.note.read_text()
-        elif self.kind == ".npz" and path.exists():
-            try:
-                with np.load(path) as file:
-                    found = file["settings"].tobytes().decode()
-            except Exception:
-                found = "none"
-        self.same = found == self.settings
-        if found and not self.same and not overwrite:
-            raise ValueError(f"{path} was made with other settings: choose another --out or give --overwrite")
-        self.finished = self.kind == ".npz" and self.same
+    def batches(indices):
+        for first in range(0, len(indices), args.batch):
+            part = indices[first : first + args.batch]
+            size = args.batch if compiled else len(part)
+            y = fill_up(torch.tensor([labels[i] for i in part], device=device), size)  # (B,)
+            noise = fill_up(sample_noise(args.seed, part, stats["mean"].shape).to(device), size)  # (B, C, H, W)
+            latents = []  # the estimates x_t - t v at the steps that are shown; the last one is the sample
 
-    def open(self, rank):
-        """Start writing; call it on every rank, the main rank first. Returns the indices that are missing."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.kind != "folder":
-            self.file = open(self.raw, "r+b" if rank else "wb", buffering=0)
-            return range(self.shape[0])
-        self.path.mkdir(exist_ok=True)
-        if rank == 0 and not self.same:
-            for old in self.path.glob("[0-9]" * 6 + ".png"):
-                old.unlink()
-            self.note.write_text(self.settings)
-        there = {file.name for file in self.path.iterdir()}
-        return [i for i in range(self.shape[0]) if f"{i:06}.png" not in there]
+            def watch(step, estimate, latents=latents):
+                if step in shown:
+                    latents.append(estimate)
 
-    def __setitem__(self, i, image):
-        if self.kind == "folder":
-            temporary = self.path / f".{i:06}.tmp"
-            Image.fromarray(image).save(temporary, "png")
-            os.replace(temporary, self.path / f"{i:06}.png")
-        else:
-            os.pwrite(self.file.fileno(), image.tobytes(), i * image.nbytes)
+            with autocast:
+                sample(guided(model, y, args.scale, guide, args.interval), noise, args.steps, shift, watch)
+                frames = [to_uint8(decoder(denormalize(x, stats)))[: len(part)] for x in latents]  # (b, S, S, 3) each
+            yield torch.stack(frames, 1).flatten(0, 1).cpu().numpy()  # (b len(shown), S, S, 3)
 
-    def flush(self):
-        """On every rank, before they meet: then other nodes see what was written here."""
-        if self.kind != "folder":
-            os.fsync(self.file.fileno())
-            self.file.close()
+    columns = 8 if args.trajectory or args.num_samples else args.per_class
+    return len(labels), len(shown), columns, decoder.image_size, batches
 
-    def close(self):
-        """Finish on the main rank, after all ranks have written."""
-        if self.kind == "folder":
-            return
-        images = np.memmap(self.raw, np.uint8, "r", shape=self.shape)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            if self.kind == ".npz":
-                np.savez(file, arr_0=images, settings=np.frombuffer(self.settings.encode(), np.uint8))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+
+
+def reconstruct(args, device, autocast):
+    """Encode and decode a folder's images, or one photo beside itself; returns as `generate` does."""
+    decoder, record = decoder_and_encoder(args)
+    encoder = Encoder(record["name"], record["image_size"], args.encoder_weights).to(device)
+    if (encoder.latent_dim, encoder.grid) != (decoder.config["latent_dim"], decoder.config["grid"]):
+        raise ValueError(f"{args.decoder} does not decode {encoder.latent_dim}-wide tokens on a grid of {encoder.grid} "
+                         f"x {encoder.grid}, those of {record['name']}: give the right --encoder")
+    decoder, side = decoder.to(device), decoder.image_size
+    if args.compile:
+        compile_blocks(encoder.vit, decoder)
+
+    def decoded(pixels):  # (B, 3, S, S) uint8 -> (B, S, S, 3) uint8
+        with autocast:
+            z = encoder(pixels.to(device, non_blocking=True).float() / 255)  # (B, C, H, W)
+            return to_uint8(decoder(z)).cpu().numpy()
+
+    def photo(_):
+        try:
+            image = np.array(center_crop(open_image(args.reconstruct), side))  # (S, S, 3)
+        except Exception as error:  # Pillow raises nearly any kind for a damaged file
+            raise ValueError(f"--reconstruct {args.reconstruct} is no picture, or damaged ({error})") from None
+        yield np.stack([image, decoded(torch.from_numpy(image).permute(2, 0, 1)[None])[0]])
+
+    def folder(indices):
+        parts = [[(i, i) for i in indices[first : first + args.batch]] for first in range(0, len(indices), args.batch)]
+        for pixels, *_ in make_loader(images, parts, args.workers, device):
+            if not images.unreadable.any():  # else only look for the others, to name all of them
+                yield decoded(pixels)
+        if broken := int(images.unreadable.sum()):
+            raise ValueError(f"{broken} images in {args.reconstruct} cannot be read, see above: repair or remove them")
+
+    if os.path.isfile(args.reconstruct):
+        return 1, 2, 2, side, photo
+    source = image_source(args.reconstruct, side)
+    images = Images(source, lambda image, rng: center_crop(image, side), strict=True)
+    return len(source), 1, 8, side, folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_npz(path, parts, shape):
+    """An npz of one array, arr_0 uint8 of this shape, from files of raw bytes, without holding it in memory."""
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+        for part in parts:
+            with open(part, "rb") as raw:
+                shutil.copyfileobj(raw, file, 2**24)
+
+
+def write_images(args, device, items, per_item, columns, side, batches):
+    """Draw this rank's share of the items into a file of raw bytes; rank 0 joins the files of all ranks in order."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    parts = [Path(f"{args.out}.tmp{rank}") for rank in range(args.world_size)]
+    temporary = Path(f"{args.out}.tmp")
+    mine = range(items * args.rank // args.world_size, items * (args.rank + 1) // args.world_size)
+    barrier = dict(device_ids=[device.index]) if device.type == "cuda" else {}
+    try:
+        with open(parts[args.rank], "wb") as file, torch.no_grad():
+            with tqdm(total=len(mine) * per_item, unit="image", disable=args.rank > 0) as bar:
+                for images in batches(mine):
+                    file.write(images.tobytes())
+                    bar.update(len(images))
+            file.flush()
+            os.fsync(file.fileno())  # then other nodes see it
+        if args.world_size > 1:
+            dist.barrier(**barrier)
+        if args.rank == 0:
+            shape = (items * per_item, side, side, 3)
+            if args.out.suffix == ".npz":
+                write_npz(temporary, parts, shape)
             else:
-                decoders.image_grid(images, self.columns).save(file, "png")
-        os.replace(temporary, self.path)
-        self.raw.unlink()
+                images = np.frombuffer(b"".join(part.read_bytes() for part in parts), np.uint8).reshape(shape)
+                image_grid(images, columns).save(temporary, "png")
+            os.replace(temporary, args.out)
+            print(f"{shape[0]} images in {args.out}")
+        if args.world_size > 1:
+            dist.barrier(**barrier)
+    finally:  # an interrupted run leaves no temporary file
+        parts[args.rank].unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    device, autocast = encoders.set_up(args)
-    names = ["reconstruct", "decoder", "encoder", "encoder_weights", "precision"] if args.reconstruct else [
-        "dit", "decoder", "encoder", "stats", "guide", "scale", "interval", "steps", "heun", "unconditional",
-        "num_samples", "classes", "per_class", "seed", "precision"]  # fmt: skip
-    settings = {name: getattr(args, name) for name in names}
-    settings |= {f"{key} of": os.path.getmtime(path) for key, path in settings.items() if os.path.isfile(str(path))}
-    try:
-        if args.reconstruct:
-            if args.reconstruct != "shapes" and not os.path.exists(args.reconstruct):
-                raise ValueError(f"--reconstruct {args.reconstruct}: not there; give a photo, a folder, or `shapes`")
-            decoder, record = load_decoder(args)
-            encoder = encoders.Encoder(record["name"], record["image_size"], args.encoder_weights)
-            if (encoder.latent_dim, encoder.grid) != (decoder.config["latent_dim"], decoder.config["grid"]):
-                raise ValueError(f"{args.decoder} does not decode {encoder.latent_dim}-wide tokens on a grid of "
-                                 f"{encoder.grid} x {encoder.grid}, those of {record['name']}")  # fmt: skip
-            if os.path.isfile(args.reconstruct):
-                return reconstruct_photo(args, encoder.to(device), decoder.to(device), device)
-            source = encoders.image_source(args.reconstruct, decoder.image_size)
-            count, columns = len(source), 8
-        else:
-            model, guide, stats, shift, decoder = load_models(args)
-            labels = labels_of(args, model)
-            count, columns = len(labels), 8 if args.num_samples else args.per_class
-        if args.out.suffix.lower() == ".png" and count > 10000:
-            raise ValueError(f"{count} images are too many for one picture: give --out an .npz or a folder")
-        shape = (count, decoder.image_size, decoder.image_size, 3)
-        output = Output(args.out, shape, settings | {"images": count}, args.overwrite, columns)
-        if output.finished:
-            if args.rank == 0:
-                print(f"finished: {args.out} has these {count} images already")
-            return
-        found = [output.open(0) if args.rank == 0 else None]  # the main rank creates what the others open
-        if args.distributed:
-            dist.broadcast_object_list(found, device=device)
-        missing = found[0]  # as the main rank sees it: a node may have an older listing of a folder
-        if args.rank > 0:
-            output.open(args.rank)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-    mine = missing[args.rank :: args.world_size]
-    parts = [mine[i : i + args.batch] for i in range(0, len(mine), args.batch)]
-    decoder = decoder.to(device)
-    if args.reconstruct:
-        images = encoders.Images(source, lambda image, _: encoders.center_crop(image, decoder.image_size), strict=True)
-        loader = iter(encoders.make_loader(images, [[(i, i) for i in p] for p in parts], args.workers, device))
-        encoder = encoder.to(device)
-    else:
-        model, guide = model.to(device), guide.to(device) if guide else None
-        stats = {key: value.to(device) for key, value in stats.items()}
-        if args.compile:
-            encoders.compile_blocks(decoder, *([model, guide] if guide else [model]))
-    with torch.no_grad(), autocast, tqdm(total=len(mine), unit="image", disable=args.rank > 0) as bar:
-        for part in parts:
-            if args.reconstruct:
-                try:
-                    pixels, *_ = next(loader)  # (B, 3, S, S) uint8
-                except (RuntimeError, ValueError) as error:  # an unreadable image, or a dead process of the loader
-                    bar.leave = False
-                    bar.close()
-                    output.raw.unlink(missing_ok=True)
-                    reason = str(error.__cause__ or error).strip()  # a process that lives puts its traceback in front
-                    parser.error(reason.splitlines()[-1].removeprefix("ValueError: "))
-                z = encoder(pixels.to(device, non_blocking=True).float() / 255)
-            else:
-                y = torch.tensor([labels[i] for i in part], device=device)
-                noise = dits.sample_noise(args.seed, part, stats["mean"].shape).to(device)
-                velocity = dits.guided(model, y, args.scale, guide, args.interval)
-                z = dits.denormalize(dits.sample(velocity, noise, args.steps, shift, args.heun), stats)
-            for i, image in zip(part, decoders.to_uint8(decoder(z)).cpu().numpy(), strict=True):
-                output[i] = image
-            bar.update(len(part))
-    output.flush()
-    if args.distributed:
-        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
-    if args.rank == 0:
-        output.close()
-        print(f"{count} images in {args.out}")
-    if args.distributed:
-        dist.destroy_process_group()
-
-
-def reconstruct_photo(args, encoder, decoder, device):
-    """One photo, centre-cropped, beside its reconstruction."""
-    try:
-        photo = np.asarray(encoders.center_crop(encoders.open_image(args.reconstruct), decoder.image_size))
-    except Exception as error:  # Pillow raises nearly any kind for a damaged file
-        raise ValueError(f"--reconstruct {args.reconstruct}: not a picture, or a damaged one ({error})") from None
-    pixels = torch.from_numpy(photo.transpose(2, 0, 1).copy()).to(device)[None].float() / 255  # (1, 3, S, S)
-    decoded = decoders.to_uint8(decoder(encoder(pixels)))[0].cpu().numpy()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    decoders.image_grid(np.stack([photo, decoded]), 2).save(args.out)
-    print(f"original and reconstruction in {args.out}")
+    with one_line_refusals(parser):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that write_images cleans up
+        device, autocast = set_up(args)
+        work = reconstruct if args.reconstruct else generate
+        items, per_item, columns, side, batches = work(args, device, autocast)
+        if args.out.suffix == ".png" and items * per_item > 10000:
+            raise ValueError(f"{items * per_item} images are too many for one picture: give --out an .npz")
+        write_images(args, device, items, per_item, columns, side, batches)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=gpu train_decoder.py --data imagenet/                      # ViT-XL, the paper's recipe
     torchrun --nproc_per_node=gpu train_decoder.py --data imagenet/ --preset imagenet512
-    python train_decoder.py --data photos/ --model ViT-B --micro-batch 8                 # one GPU, your own images
+    python train_decoder.py --data photos/ --init model.pt --epochs 50                   # fine-tune on your own images
     python train_decoder.py --preset demo                                                # no data, no GPU, minutes
 
 The same command again resumes. Paper: arXiv 2510.11690, section 3 and its appendix. It writes to --out:
@@ -13,16 +13,8 @@ The same command again resumes. Paper: arXiv 2510.11690, section 3 and its appen
 To evaluate: sample.py --reconstruct imagenet/val --out recon.npz, then fid.py imagenet/val recon.npz --paired.
 """
 
-import argparse
-import contextlib
-import datetime
 import functools
 import math
-import os
-import signal
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import timm
@@ -30,34 +22,77 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
-from tqdm import tqdm
 
-import decoder as decoders
-import encoder as encoders
-import fid
+from decoder import SIZES, Decoder, image_grid, load_decoder, patchify, to_uint8
+from encoder import (ENCODERS, FREE, RUN_FLAGS, Encoder, Images, Log, Plan, agree, center_crop, compile_blocks, count,
+                     describe, distribute, download, finish, image_source, make_ema, make_parser, nonnegative,
+                     one_line_refusals, pixel_statistics, positive, random_crop, resume, save_checkpoint, set_up,
+                     share, stop_by_signal, training_loader, weights_url)
+from fid import LPIPS
 
-IMAGENET = dict(
-    encoder="dinov2-b", size=256, model="ViT-XL", epochs=16, batch=512, micro_batch=16, lr=2e-4, lr_end=2e-5,
-    beta1=0.9, beta2=0.95, warmup=1.0, ema=0.9978, tau=0.8, lpips=1.0, gan=0.75, disc_start=6.0, gan_start=8.0,
-    precision="tf32", preview_every=1.0, save_every=1.0, log_every=100,
-)  # fmt: skip
-PRESETS = {
-    "imagenet256": IMAGENET,
-    "imagenet512": IMAGENET | dict(size=512, micro_batch=4),
-    "demo": IMAGENET | dict(
-        data="shapes", encoder="random-tiny", size=32, model="ViT-tiny", epochs=3, batch=16, micro_batch=16, lr=2e-3,
-        lr_end=3e-5, warmup=0.2, ema=0.99, tau=0.1, lpips=0.0, gan=0.0, disc_start=1.0, gan_start=1.5,
-        precision="float32", preview_every=1.0, save_every=1.0, log_every=250,
-    ),
-}  # fmt: skip
-# Arguments that may change between runs in one folder: they do not shape the result, or only how long it is worked on.
-FREE = {"preset", "out", "data", "epochs", "preview_every", "save_every", "log_every", "micro_batch", "device",
-        "workers", "compile", "checkpointing", "encoder_weights", "lpips_weights", "vgg_weights",
-        "dino_weights"}  # fmt: skip
+RECIPE = [
+    # flag            type         imagenet256  imagenet512  demo           meaning, and what the paper has
+    ("--data",        str,         None,        None,        "shapes",      "folder of images; or `shapes`"),
+    ("--size",        count,       256,         512,         32,            "image side in pixels, as decoded"),
+    ("--resize",      count,       None,        None,        32,
+     "shorter side before the random crop (default: 1.5 --size, as in the paper)"),
+    ("--encoder",     str,         "dinov2-b",  "dinov2-b",  "random-tiny",
+     f"{', '.join(ENCODERS)}, or a timm ViT by its name"),
+    ("--encoder-size", count,      None,        None,        None,
+     "image side that the encoder is built for (default: --size); 256 with --size 512: decoder upsampling"),
+    ("--encoder-weights", str,     None,        None,        None,          "local file, instead of the download"),
+    ("--model",       tuple(SIZES), "ViT-XL",   "ViT-XL",    "ViT-tiny",    "size of the decoder"),
+    ("--init",        str,         None,        None,        None,
+     "decoder.pt or published weights to start from"),
+    ("--tau",         nonnegative, 0.8,         0.8,         0.1,
+     "noise on the latents: sigma = tau |n|, n ~ N(0, 1) for each image; 0: none"),
+    ("--lpips",       nonnegative, 1.0,         1.0,         0.0,           "weight of the perceptual loss; 0: off"),
+    ("--gan",         nonnegative, 0.75,        0.75,        0.0,
+     "weight of the adversarial loss, times the adaptive weight; 0: off"),
+    ("--disc-start",  nonnegative, 6.0,         6.0,         1.0,
+     "epoch where the discriminator begins to train"),
+    ("--gan-start",   nonnegative, 8.0,         8.0,         1.5,
+     "epoch where the decoder begins to see its loss"),
+    ("--epochs",      positive,    16.0,        16.0,        3.0,
+     "length of training and of the cosine schedules"),
+    ("--batch",       count,       512,         512,         16,            "images in a step, over all processes"),
+    ("--micro-batch", count,       16,          4,           16,
+     "most images in a forward of one process; the defaults are for ViT-XL and 80 GB"),
+    ("--lr",          positive,    2e-4,        2e-4,        2e-3,
+     "learning rate of AdamW for decoder and discriminator, no weight decay"),
+    ("--lr-end",      nonnegative, 2e-5,        2e-5,        3e-5,          "learning rate at the end of the cosine"),
+    ("--warmup",      nonnegative, 1.0,         1.0,         0.2,           "epochs of linear warm-up of either model"),
+    ("--beta1",       share,       0.9,         0.9,         0.9,           "of AdamW; the paper: 0.5"),
+    ("--beta2",       share,       0.95,        0.95,        0.95,          "of AdamW; the paper: 0.9"),
+    ("--ema",         share,       0.9978,      0.9978,      0.99,          "decay of the weights' moving average"),
+    ("--preview-every", nonnegative, None,      None,        None,
+     "epochs between previews; 0: none (default: 1, but at least 500 steps)"),
+    ("--vgg-weights", str,         None,        None,        None,          "VGG16 of LPIPS, instead of the download"),
+    ("--lpips-weights", str,       None,        None,        None,          "heads of LPIPS, instead of the download"),
+    ("--dino-weights", str,        None,        None,        None,
+     "DINO ViT-S/8 of the discriminator, instead of the download"),
+]
+FREE_HERE = FREE | {"vgg_weights", "lpips_weights", "dino_weights"}
+
+
+def parse_args(argv):
+    parser = make_parser(__doc__, RECIPE + RUN_FLAGS, argv)
+    args = parser.parse_args(argv)
+    if args.data is None:
+        parser.error("--data is missing: give a folder of images, or `shapes`")
+    args.out = args.out or parser.runs / "decoder"
+    args.encoder_size = args.encoder_size or args.size
+    args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
+    if args.resize < args.size:
+        parser.error(f"--resize {args.resize} is below --size {args.size}: give at least that")
+    if args.lpips and args.size < 16:
+        parser.error(f"--size {args.size} is too small for the perceptual loss: give at least 16, or --lpips 0")
+    if args.gan_start < args.disc_start:
+        parser.error(f"--gan-start {args.gan_start:g} comes before --disc-start {args.disc_start:g}")
+    return parser, args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,34 +102,28 @@ DINO = "vit_small_patch8_224.dino"  # timm's name of DINO ViT-S/8, arXiv 2104.14
 
 
 def load_dino(weights=None, num_heads=None):
-    """DINO ViT-S/8 with the tanh form of GELU, which is how the authors' released code runs it.
+    """DINO ViT-S/8 with the tanh form of GELU, as the authors' released code runs it.
 
-    weights: a local file in timm's or DINO's own key names (.safetensors, .pth, ...); None takes timm's download or
-    its cache. The file's shapes set width, depth, patch and image size, so any plain ViT with a class token serves.
-    num_heads: of that file, whose shapes don't tell; None is one per 64 channels, at least two.
+    weights: a local file in timm's or DINO's own key names; without it timm's file is downloaded once. Its shapes set
+    width, depth, patch and image size, so any plain ViT with a class token serves. num_heads: the file's count of
+    attention heads, which no tensor tells (default: one for 64 channels, at least two).
     Raises ValueError, in one line, for weights that are neither downloadable nor usable.
     """
-    if weights is None:
-        try:
-            return timm.create_model(DINO, pretrained=True, num_classes=0, act_layer="gelu_tanh")
-        except Exception as error:  # each version of the hub's client fails in its own way
-            url = f"https://huggingface.co/timm/{DINO}/resolve/main/model.safetensors"
-            problem = f"cannot download the discriminator's backbone ({type(error).__name__})"
-            raise ValueError(f"{problem}: fetch {url} and pass it with --dino-weights PATH") from error
+    url = weights_url(timm.get_pretrained_cfg(DINO).to_dict())
     try:
-        with open(weights, "rb"):  # a missing file ends here; timm would also log it
-            state = timm.models.load_state_dict(weights, weights_only=True)
+        state = timm.models.load_state_dict(weights or download(url), weights_only=True)
         D, _, patch, _ = state["patch_embed.proj.weight"].shape
-        size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch  # the position of the class token aside
+        size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch  # one position is the class token's
         depth = sum(key.endswith("norm1.weight") for key in state)
         vit = timm.models.VisionTransformer(
             size, patch, num_classes=0, embed_dim=D, depth=depth, num_heads=num_heads or max(2, D // 64),
-            mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / D, act_layer="gelu_tanh")  # fmt: skip
+            mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / D, act_layer="gelu_tanh")
         vit.load_state_dict(state)
-        return vit
-    except Exception as error:  # unreadable, damaged, or not a ViT
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise ValueError(f"--dino-weights {weights}: expected the tensors of timm's {DINO}; {reason}") from error
+    except Exception as error:  # the download and the readers of files raise many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"no usable DINO for the discriminator at {weights or url} ({reason}): fetch {url} and pass "
+                         "it with --dino-weights PATH") from None
+    return vit
 
 
 class DiscriminatorHead(nn.Module):
@@ -146,8 +175,10 @@ class Discriminator(nn.Module):
         x = ((x + 1) / 2 - self.mean) / self.std  # (B, 3, 224, 224)
         read = sorted(set(self.blocks))
         features = self.vit.forward_intermediates(x, read, output_fmt="NLC", intermediates_only=True)  # (B, N, D) each
-        features = {i: feature.transpose(1, 2) for i, feature in zip(read, features, strict=True)}  # (B, D, N) each
-        return torch.cat([head(features[i]) for head, i in zip(self.heads, self.blocks, strict=True)], 1)  # (B, 5 N)
+        features = {i: feature.float().mT for i, feature in zip(read, features, strict=True)}  # (B, D, N) each
+        with torch.autocast(x.device.type, enabled=False):  # the heads and the loss stay in float32
+            logits = [head(features[i]) for head, i in zip(self.heads, self.blocks, strict=True)]  # (B, N) each
+        return torch.cat(logits, 1)  # (B, 5 N)
 
 
 def diffaug(images, draws):
@@ -184,7 +215,7 @@ def diffaug(images, draws):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses and schedule
+# Losses
 
 
 def hinge_loss(real_logits, fake_logits):
@@ -192,412 +223,255 @@ def hinge_loss(real_logits, fake_logits):
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
-def adaptive_weight(g_rec, g_gan):
-    """Weight w of the GAN term (VQGAN, arXiv 2012.09841, equation 7), a scalar tensor in [0, 1e4] without gradient.
-
-    w = ||g_rec|| / (||g_gan|| + 1e-6), the norms of the gradients of the reconstruction loss (L1 + LPIPS) and of the
-    generator loss with respect to the reconstructed pixels, (B, 3, H, W) each. Under torch.distributed these are the
-    gradients of the mean over all ranks' losses, so that w is the same on every rank and for any number of ranks.
-    """
-    squares = torch.stack([g_rec.float().square().sum(), g_gan.float().square().sum()]).detach()
-    world_size = 1
-    if dist.is_initialized():
-        dist.all_reduce(squares)
-        world_size = dist.get_world_size()
-    rec, gan = squares.sqrt() / world_size  # the mean over ranks scales each rank's gradients by 1 / world_size
-    return (rec / (gan + 1e-6)).clamp(0, 1e4)
-
-
 def quantize(images):
     """Images in [-1, 1], clamped and rounded to the 256 levels of 8 bits, as real images are. No gradient."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-def lr_at(step, lr, lr_end, warmup, total):
-    """Learning rate of a model's update `step` (from 0): linear from 0 to `lr` over `warmup` steps, then a cosine that
-    reaches `lr_end` at step `total` and stays there. The discriminator counts from its own first update.
+def adaptive_weight(g_rec, g_gan, hidden, pixel_std):
+    """Weight w of the GAN term (VQGAN, arXiv 2012.09841, equation 7), a scalar tensor in [0, 1e4] without gradient.
+
+    w = ||G_rec|| / (||G_gan|| + 1e-6), where G is a loss's gradient at the weight of the decoder's last layer, the
+    linear map to pixels. With the loss's gradient g (B, 3, S, S) at the reconstruction, the layer's input `hidden`
+    (B, N, D) and the pixel std (1, 3, 1, 1), G = patchify(g std)^T hidden: no second backward is needed.
+    Over several processes G is the mean of theirs, so that all have the w of all images of the micro-batch.
     """
-    if step < warmup:
-        return lr * step / warmup
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return lr_end + (lr - lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+    hidden = hidden.detach().float().flatten(0, 1)  # (B N, D)
+    patch = math.isqrt(g_rec[0, 0].numel() * len(g_rec) // len(hidden))
+    G = torch.stack([patchify(g.float() * pixel_std, patch).flatten(0, 1).T @ hidden for g in (g_rec, g_gan)])
+    if dist.is_initialized():  # (2, p p 3, D)
+        dist.all_reduce(G)
+        G /= dist.get_world_size()
+    rec, gan = torch.linalg.vector_norm(G, dim=(1, 2))
+    return (rec / (gan + 1e-6)).clamp(0, 1e4)
+
+
+def decoder_losses(fake, real, lpips=None, lpips_weight=1.0, discriminator=None, gan_weight=0.75, augment=None,
+                   hidden=None, pixel_std=None):
+    """The decoder's losses, and the gradient of L1 + lpips_weight LPIPS + gan_weight w GAN at the reconstruction.
+
+    fake: reconstructions (B, 3, S, S), nominally in [0, 1]; real: images (B, 3, S, S) in [0, 1]. lpips and
+    discriminator take images in [-1, 1]; None leaves their term out. augment (B, 5): draws of `diffaug`.
+    hidden, pixel_std: see `adaptive_weight`, which is w.
+    Returns (gradient (B, 3, S, S), {"l1", "lpips", "gan", "gan_weight"} scalars without gradient).
+    """
+    fake = fake.detach().requires_grad_()
+    losses = dict(l1=(fake - real).abs().mean())
+    reconstruction = losses["l1"]
+    if lpips is not None:
+        losses["lpips"] = lpips(2 * fake - 1, 2 * real - 1).mean()
+        reconstruction = reconstruction + lpips_weight * losses["lpips"]
+    (gradient,) = torch.autograd.grad(reconstruction, fake)
+    if discriminator is not None:
+        losses["gan"] = -discriminator(diffaug(2 * fake - 1, augment)).mean()
+        (gan_gradient,) = torch.autograd.grad(losses["gan"], fake)
+        losses["gan_weight"] = adaptive_weight(gradient, gan_gradient, hidden, pixel_std)
+        gradient = gradient + gan_weight * losses["gan_weight"] * gan_gradient
+    return gradient, {name: loss.detach() for name, loss in losses.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arguments, checkpoints, the log
+# Schedule and draws
 
 
-def parse_args(argv):
-    pre = encoders.Arguments(add_help=False)
-    pre.add_argument("--preset", default="imagenet256")
-    defaults = PRESETS.get(pre.parse_known_args(argv)[0].preset, {})
-
-    parser = encoders.Arguments(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="imagenet256", help="the set of defaults")
-    add("--data", required="data" not in defaults, help="folder of images; or `shapes`, drawn on the fly")
-    add("--out", help="folder for everything written (default runs/<preset>/decoder)")
-    add("--encoder", help=f"{', '.join(encoders.ENCODERS)}, or a timm ViT by its name")
-    add("--encoder-weights", metavar="PATH", help="local file instead of timm's download")
-    add("--encoder-size", type=int, metavar="PX",
-        help="image size it is built for (default --size); 256 with --size 512: decoder upsampling")  # fmt: skip
-    add("--size", type=int, help="image size in pixels, as decoded")
-    add("--resize", type=int, metavar="PX",
-        help="shorter side before the random crop (default 1.5 --size, as in the paper; `shapes`: --size)")  # fmt: skip
-    add("--model", choices=decoders.SIZES, help="size of the decoder")
-    add("--tau", type=float, help="noise on the latents: sigma = tau |n|, n ~ N(0, 1) for each image; 0: none")
-    add("--lpips", type=float, help="weight of the perceptual loss; 0: off")
-    add("--gan", type=float, help="weight of the adversarial loss, times the adaptive weight; 0: off")
-    add("--disc-start", type=float, help="epoch where the discriminator begins to train")
-    add("--gan-start", type=float, help="epoch where the decoder begins to see its loss")
-    add("--lpips-weights", metavar="PATH", help="LPIPS heads, instead of the download")
-    add("--vgg-weights", metavar="PATH", help="VGG16 for LPIPS, instead of timm's download")
-    add("--dino-weights", metavar="PATH", help="DINO ViT-S/8 for the discriminator, instead of timm's download")
-    add("--epochs", type=float, help="length of training and of the cosine schedules")
-    add("--batch", type=int, help="images in a step, over all processes")
-    add("--micro-batch", type=int, help="at most this many images in a forward of one process")
-    add("--lr", type=float, help="learning rate of AdamW (no weight decay), for decoder and discriminator")
-    add("--lr-end", type=float, help="learning rate at the end of the cosine")
-    add("--beta1", type=float, help="AdamW; the paper: 0.5, the released code: 0.9")
-    add("--beta2", type=float, help="AdamW; the paper: 0.9, the released code: 0.95")
-    add("--warmup", type=float, help="epochs of linear warm-up from zero, of either model")
-    add("--ema", type=float, help="decay of the weights' moving average in each step")
-    add("--precision", choices=["float32", "tf32", "bf16"], help="of encoder and decoder; tf32 is float32 on a CPU")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, slower")
-    add("--preview-every", type=float, metavar="EPOCHS", help="interval of preview pictures; 0: none")
-    add("--save-every", type=float, metavar="EPOCHS", help="interval of decoder.pt and last.pt")
-    add("--log-every", type=int, metavar="STEPS", help="interval of the log")
-    add("--seed", type=int, default=0, help="of the weights, the images' order and everything that is drawn")
-    add("--workers", type=int, help="loader processes for each GPU (default: by cores, at most 12; 0 for `shapes`)")
-    add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    args.out = Path(args.out or f"runs/{args.preset}/decoder")
-    parser.check_out(args.out)
-    above = ["epochs", "batch", "micro_batch", "lr", "log_every", "save_every", "size", "encoder_size", "resize"]
-    least = ["warmup", "lr_end", "tau", "lpips", "gan", "disc_start", "gan_start", "preview_every", "seed", "workers"]
-    parser.check_numbers(args, above, least)
-    for name in ("ema", "beta1", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 0 and below 1")
-    args.encoder_size = args.encoder_size or args.size
-    args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
-    if args.resize < args.size:
-        parser.error(f"--resize {args.resize}: must not be below --size {args.size}")
-    if args.lpips and args.size < 16:
-        parser.error(f"--size {args.size}: the perceptual loss needs 16 pixels; or give --lpips 0")
-    if args.gan_start < args.disc_start:
-        parser.error(f"--gan-start {args.gan_start:g}: must not come before --disc-start {args.disc_start:g}")
-    if args.data != "shapes" and not os.path.isdir(args.data):
-        parser.error(f"--data {args.data}: no such folder; give a folder of images, or `shapes`")
-    return parser, args
+def lr_at(step, args, steps_per_epoch):
+    """Learning rate of a model's own step, counted from 0: linear warm-up, then a cosine from lr to lr_end."""
+    warmup, total = args.warmup * steps_per_epoch, args.epochs * steps_per_epoch
+    if step < warmup:
+        return args.lr * min(1.0, (step + 1) / warmup)
+    progress = min(1.0, (step - warmup) / max(total - warmup, 1))
+    return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def load_frozen(args, device):
-    """The encoder, and LPIPS and the discriminator or None where their weight is 0.
+def draw(keys, shape, tau, generator):
+    """Everything random of a training step, each image's from its own key.
 
-    Raises one ValueError for everything that cannot be loaded: it says what to fetch, and the flags that take it.
+    So last.pt holds no state of a generator: step and seed say what is drawn.
+    Returns noise (B, C, H, W), the sigma n of noise-augmented decoding (section 4) with sigma = tau |n'|, n' ~ N(0, 1)
+    for each image; and draws of `diffaug` (3, B, 5) for the decoder's fakes, the discriminator's fakes and its reals.
     """
-    networks, problems = [], []
-    for wanted, network, *arguments in (
-        (True, encoders.Encoder, args.encoder, args.encoder_size, args.encoder_weights),
-        (args.lpips, fid.LPIPS, args.vgg_weights, args.lpips_weights),
-        (args.gan, Discriminator, args.dino_weights),
-    ):
-        torch.manual_seed(args.seed)  # for the discriminator's heads, which train
-        try:
-            networks.append(network(*arguments).to(device) if wanted else None)
-        except ValueError as error:
-            problems.append(str(error))
-            if "--lpips-weights" in problems[-1] and not args.vgg_weights:
-                problems.append("VGG16, model.safetensors of https://huggingface.co/timm/vgg16.tv_in1k: --vgg-weights")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return networks
-
-
-class Log:
-    """Averages since the last row over steps and ranks: one line on the terminal and one row in log.csv."""
-
-    fields = ["step", "epoch", "l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "lr", "lr_disc", "grad_norm",
-              "images_per_s", "memory_gb", "skipped", "replaced"]  # fmt: skip
-
-    def __init__(self, path, start, main_rank):
-        if main_rank:
-            self.csv = encoders.open_log(path, start, self.fields)
-        self.reset(start)
-
-    def reset(self, step):
-        self.values, self.step, self.time = {}, step, time.perf_counter()
-
-    def add(self, **values):
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach())
-
-    def write(self, bar, step, epoch, batch, **numbers):
-        means = torch.stack([torch.stack(values).mean() for values in self.values.values()])
-        if dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
-        row = {name: f"{value:.5f}" for name, value in zip(self.values, means.tolist(), strict=True)}
-        seconds = (time.perf_counter() - self.time) / (step - self.step)
-        numbers |= dict(images_per_s=batch / seconds, memory_gb=encoders.peak_memory(means.device))
-        row |= {name: f"{value:.4g}" for name, value in numbers.items()}
-        if not bar.disable:
-            self.csv.writerow(dict(step=step, epoch=f"{epoch:.4f}") | row)
-            words = " ".join(f"{name} {value}" for name, value in row.items())
-            left = datetime.timedelta(seconds=int((bar.total - step) * seconds))
-            bar.write(f"step {step}/{bar.total} epoch {epoch:.2f} {words} left {left}")
-            sys.stdout.flush()
-        self.reset(step)
+    noise = torch.empty(len(keys), *shape, device=generator.device)
+    sigma = torch.empty(len(keys), 1, 1, 1, device=generator.device)
+    augment = torch.empty(len(keys), 3, 5, device=generator.device)
+    for i, key in enumerate(keys.tolist()):
+        generator.manual_seed(key)
+        noise[i].normal_(generator=generator)
+        sigma[i].normal_(generator=generator)
+        augment[i].uniform_(generator=generator)
+    return tau * sigma.abs() * noise, augment.transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def draw(keys, shape, tau, generator):
-    """Everything random of a training step, each image's from its own key.
-
-    Returns noise (B, C, H, W), sigma n of section 4's noise-augmented decoding, with sigma = tau |n'|, n' ~ N(0, 1) for
-    each image; uniforms (3, B, 5) for DiffAug: of the decoder's fakes, the discriminator's fakes, its reals.
-    """
-    noise = torch.empty(len(keys), *shape, device=generator.device)
-    sigma = torch.empty(len(keys), 1, 1, 1, device=generator.device)
-    uniforms = torch.empty(len(keys), 3, 5, device=generator.device)
-    for i, key in enumerate(keys.tolist()):
-        generator.manual_seed(key)
-        noise[i].normal_(generator=generator)
-        sigma[i].normal_(generator=generator)
-        uniforms[i].uniform_(generator=generator)
-    return tau * sigma.abs() * noise, uniforms.transpose(0, 1)
-
-
-def update(optimizer):
-    """A step of AdamW, left out where a gradient is not finite. Returns the gradients' norm."""
-    norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
-    # What a GradScaler tells fused optimisers: 1 leaves weights, moments and steps alone. Decided without a wait.
-    optimizer.found_inf = 1 - norm.isfinite().float()
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+def start_from(path, model, args):
+    """Copy the weights of --init into the model. Raises ValueError where they are of another model or encoder."""
+    trained, info = load_decoder(path, pixel_statistics(args.encoder))
+    if "encoder" in info and info["encoder"]["name"] != args.encoder:  # published files don't say
+        raise ValueError(f"--init {path} decodes latents of {info['encoder']['name']}: choose --encoder to match")
+    differ = [key for key in model.config if key not in ("mean", "std") and model.config[key] != trained.config[key]]
+    if differ:
+        wanted = ", ".join(f"{key} {trained.config[key]} instead of {model.config[key]}" for key in differ)
+        raise ValueError(f"--init {path} is another decoder: {wanted}; choose --model, --size, ... to match")
+    model.load_state_dict(trained.state_dict())
 
 
 def train(args):
-    """All of it. Returns None, or why there is nothing to train or training had to stop; the same on every rank."""
-    recorded = {key: value for key, value in vars(args).items() if key not in FREE}
-    device, autocast = encoders.set_up(args)
-    main_rank = args.rank == 0
-    say = functools.partial(print, flush=True) if main_rank else (lambda _: None)
-
-    # What the run is made of. Bad input ends here, in one line, before any long work.
-    problem = last = None
-    try:
-        local_batch, rest = divmod(args.batch, args.world_size)
-        if rest or not local_batch:
-            raise ValueError(f"--batch {args.batch} does not divide over {args.world_size} processes")
-        accumulate = -(-local_batch // args.micro_batch)
-        micro_batch = -(-local_batch // accumulate)  # the last one may be smaller
-        encoder, lpips, discriminator = load_frozen(args, device)
-        patch, rest = divmod(args.size, encoder.grid)
-        if rest:
-            raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {encoder.grid}")
-        source = encoders.image_source(args.data, args.size)
-        recorded |= dict(images=len(source))
-        last = encoders.read_last(args.out, recorded, "train_decoder", "decoder.pt")
-        args.lock = encoders.claim(args.out) if main_rank else None
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    start = last["step"] if last else 0
-    found = [(problem, start)]
-    if args.distributed:
-        found *= args.world_size
-        dist.all_gather_object(found, (problem, start))
-    if problems := [problem for problem, _ in found if problem]:
-        return problems[0]
-    if len(set(found)) > 1:
-        return f"the processes see different {args.out}/last.pt: put --out on a disk that all nodes share"
-    steps_per_epoch = len(source) / args.batch
-    total = max(1, round(args.epochs * steps_per_epoch))
-    if start >= total:
-        say(
-            f"finished: {args.out}/decoder.pt has its {start / steps_per_epoch:g} epochs; a larger --epochs "
-            "goes on, at the rates of its own, longer cosine"
-        )
+    device, autocast = set_up(args)
+    say = functools.partial(print, flush=True) if args.rank == 0 else (lambda _: None)
+    source = image_source(args.data, args.size)
+    plan = Plan(args, len(source))
+    last, recorded, start = resume(args, FREE_HERE, "train_decoder", "decoder.pt",
+                                   images=len(source), classes=source.classes)
+    if start >= plan.total:
+        say(f"finished: {args.out}/decoder.pt has its {start / plan.steps_per_epoch:g} epochs; a larger --epochs "
+            "goes on, at the rates of its own, longer cosine")
         return
 
-    images = encoders.Images(source, lambda image, rng: encoders.random_crop(image, args.resize, args.size, rng))
-    batches = encoders.training_batches(
-        len(source), args.batch, micro_batch, range(start, total), args.seed, args.rank, args.world_size
-    )
-    loader = iter(encoders.make_loader(images, batches, args.workers, device))
-    if args.preview_every and main_rank:
-        centered = encoders.Images(source, lambda image, _: encoders.center_crop(image, args.size))
+    # The frozen networks, the decoder and the discriminator's heads.
+    encoder = Encoder(args.encoder, args.encoder_size, args.encoder_weights).to(device)
+    shape = (encoder.latent_dim, encoder.grid, encoder.grid)
+    patch, rest = divmod(args.size, encoder.grid)
+    if rest:
+        raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {encoder.grid}")
+    lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(device) if args.lpips else None
+    torch.manual_seed(args.seed)
+    discriminator = Discriminator(args.dino_weights).to(device) if args.gan else None
+    torch.manual_seed(args.seed)
+    model = Decoder(encoder.latent_dim, encoder.grid, patch, **SIZES[args.model], **pixel_statistics(args.encoder))
+    if args.init and not last:
+        start_from(args.init, model, args)
+    model = model.to(device).train()
+    model.checkpointing = args.checkpointing
+    ema = make_ema(model, args.ema)
+    adamw = dict(lr=args.lr, betas=(args.beta1, args.beta2), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    disc_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw) if discriminator else None
+    skipped = bad_in_a_row = 0
+    if last:
+        model.load_state_dict(last["model"])
+        ema.module.load_state_dict(last["ema"])
+        optimizer.load_state_dict(last["optimizer"])
+        if discriminator:
+            discriminator.heads.load_state_dict(last["discriminator"])
+            disc_optimizer.load_state_dict(last["disc_optimizer"])
+        skipped = last["skipped"]
+    if args.compile if args.compile is not None else device.type == "cuda":  # before DDP; the average stays eager
+        compile_blocks(encoder.vit, model, *([discriminator.vit] if discriminator else []))
+    ddp = distribute(model, device)
+    ddp_disc = distribute(discriminator, device) if discriminator else None
+
+    images = Images(source, functools.partial(random_crop, resize=args.resize, size=args.size))
+    batches, steps = training_loader(images, args, plan, start, device)
+    if args.rank == 0:
+        centered = Images(source, lambda image, rng: center_crop(image, args.size))
         shown = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()
         shown = torch.stack([centered[i, i][0] for i in shown])  # (8, 3, S, S) uint8
         with autocast:
             shown_z = encoder(shown.to(device).float() / 255)  # (8, C, H, W)
-
-    # Models, moving average, optimisers.
-    torch.manual_seed(args.seed)
-    shape = (encoder.latent_dim, encoder.grid, encoder.grid)
-    model = decoders.Decoder(encoder.latent_dim, encoder.grid, patch, **decoders.SIZES[args.model],
-                             mean=encoder.record["mean"], std=encoder.record["std"]).to(device).train()  # fmt: skip
-    model.checkpointing = args.checkpointing
-    ema = ModelEmaV3(model, decay=args.ema, exclude_buffers=True).requires_grad_(False)  # eager, in eval mode
-    adamw = dict(lr=args.lr, betas=(args.beta1, args.beta2), weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    disc_start, gan_start = (round(epoch * plan.steps_per_epoch) for epoch in (args.disc_start, args.gan_start))
+    say(describe(source))
+    say(f"{args.model}, patch {patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"{plan.words}; from step {start}")
     if discriminator:
-        disc_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw)
-    skipped = replaced = 0
-    if last:
-        try:
-            model.load_state_dict(last["model"])
-            ema.module.load_state_dict(last["ema"])
-            optimizer.load_state_dict(last["optimizer"])
-            if discriminator:
-                discriminator.heads.load_state_dict(last["discriminator"])
-                disc_optimizer.load_state_dict(last["disc_optimizer"])
-            skipped, replaced = last["skipped"], last["replaced"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            return f"{args.out}/last.pt is damaged or of another version ({reason}): put back a copy"
-        del last
-    if args.compile or args.compile is None and device.type == "cuda":
-        encoders.compile_blocks(encoder.vit, model, *([discriminator.vit] if discriminator else []))
-    wrapped, wrapped_disc = model, discriminator
-    if args.distributed:
-        ddp = dict(device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-                   gradient_as_bucket_view=True)  # fmt: skip
-        wrapped = DistributedDataParallel(model, **ddp)
-        wrapped_disc = DistributedDataParallel(discriminator, **ddp) if discriminator else None
+        few = ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""
+        say(f"discriminator from step {disc_start}, its loss from step {gan_start}{few}")
 
-    def sync(module, micro):
-        """The ranks' gradients meet at the last micro-batch of a step."""
-        return module.no_sync() if args.distributed and micro < accumulate - 1 else contextlib.nullcontext()
-
-    def steps(epochs):
-        return round(epochs * steps_per_epoch)
-
-    disc_start, gan_start, warmup = steps(args.disc_start), steps(args.gan_start), args.warmup * steps_per_epoch
-    save_every, preview_every = max(1, steps(args.save_every)), max(1, steps(args.preview_every))
-    say(
-        f"{args.model}, patch {patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-        f"{len(source)} images; batch {args.batch} = {args.world_size} processes x {accumulate} x {micro_batch}; "
-        f"steps {start} to {total}"
-        + (f"; discriminator from step {disc_start}, its loss from step {gan_start}" if discriminator else "")
-    )
-
-    def checkpoint(step):
-        last = dict(kind="train_decoder", args=recorded, step=step, model=model.state_dict(),
-                    ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
-                    replaced=replaced)  # fmt: skip
+    def checkpoint(done):
+        last = dict(kind="train_decoder", args=recorded, step=done, model=model.state_dict(),
+                    ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped)
         if discriminator:
             last |= dict(discriminator=discriminator.heads.state_dict(), disc_optimizer=disc_optimizer.state_dict())
         result = dict(kind="decoder", config=model.config, model=ema.module.state_dict(), encoder=encoder.record,
-                      tau=args.tau, epoch=step / steps_per_epoch)  # fmt: skip
-        encoders.save({args.out / "decoder.pt": result, args.out / "last.pt": last})
+                      tau=args.tau, epoch=done / plan.steps_per_epoch)
+        save_checkpoint({args.out / "decoder.pt": result, args.out / "last.pt": last})
 
-    stopping = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopping.append(number))
     generator = torch.Generator(device)
-    log = Log(args.out / "log.csv", start, main_rank)
-    bar = tqdm(total=total, initial=start, unit="step", disable=not main_rank, dynamic_ncols=True)
-    bad_in_a_row = 0
-    for step in range(start, total):
-        lr = lr_at(step, args.lr, args.lr_end, warmup, total)
+    preview_every = plan.interval(args.preview_every, 1)
+    columns = ["l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "grad_norm", "disc_norm", "lr", "disc_lr"]
+    log = Log(args, plan, columns, start, device)
+    stopping = stop_by_signal(args.rank)
+    for step in steps:
         train_disc = discriminator is not None and step >= disc_start
-        lr_disc = lr_at(step - disc_start, args.lr, args.lr_end, warmup, total) if train_disc else 0.0
         use_gan = discriminator is not None and step >= gan_start
-        kept = []  # what the discriminator's step needs of each micro-batch, so that nothing is encoded twice
-        broken = 0
+        kept = []  # images, latents and draws for the discriminator's step, so that nothing is encoded twice
 
-        # The decoder: both losses' gradients at the pixels, then one backward.
-        optimizer.param_groups[0]["lr"] = lr
-        for micro in range(accumulate):
-            pixels, _, keys, unreadable = next(loader)  # (B, 3, S, S) uint8, ..., (B,), (B,)
-            broken += int(unreadable.sum())
+        # The decoder learns from L1, LPIPS and a discriminator at rest: in eval mode its spectral norms stand still.
+        rates = dict(lr=lr_at(step, args, plan.steps_per_epoch))
+        optimizer.param_groups[0]["lr"] = rates["lr"]
+        if discriminator:
+            discriminator.eval()
+        for micro in range(plan.accumulate):
+            ddp.require_backward_grad_sync = micro == plan.accumulate - 1  # the ranks' gradients meet at the last one
+            pixels, _, keys = next(batches)  # (B, 3, S, S) uint8, ..., (B,)
             real = pixels.to(device, non_blocking=True).float() / 255  # (B, 3, S, S) in [0, 1]
-            noise, uniforms = draw(keys, shape, args.tau, generator)
-            with sync(wrapped, micro):
-                with autocast:
-                    z = encoder(real)  # (B, C, H, W)
-                    fake = wrapped(z + noise)  # (B, 3, S, S)
-                at = fake.detach().requires_grad_()
-                l1 = (at - real).abs().mean()
-                perceptual = lpips(2 * at - 1, 2 * real - 1).mean() if lpips else torch.zeros_like(l1)
-                (gradient,) = torch.autograd.grad(l1 + args.lpips * perceptual, at)
-                if use_gan:
-                    gan = -discriminator.eval()(diffaug(2 * at - 1, uniforms[0])).mean()
-                    (gan_gradient,) = torch.autograd.grad(gan, at)
-                    weight = adaptive_weight(gradient, gan_gradient)
-                    gradient = gradient + args.gan * weight * gan_gradient
-                    log.add(gan=gan, gan_weight=weight)
-                fake.backward(gradient * len(real) / local_batch)
-            log.add(l1=l1, **({"lpips": perceptual} if lpips else {}))
+            noise, augment = draw(keys, shape, args.tau, generator)  # (B, C, H, W), (3, B, 5)
+            with autocast:
+                z = encoder(real)  # (B, C, H, W)
+                fake, hidden = ddp(z + noise, return_hidden=True)  # (B, 3, S, S), (B, N, D)
+                gradient, losses = decoder_losses(
+                    fake, real, lpips, args.lpips, discriminator if use_gan else None, args.gan, augment[0], hidden,
+                    model.std)
+            fake.backward(gradient * len(real) / plan.local_batch)
+            log.add(**losses)
             if train_disc:
-                kept.append((real, z, uniforms))
-        norm = update(optimizer)
-        disc_norm = torch.zeros_like(norm)
-        ema.update(model)
+                kept.append((real, z, augment[1], augment[2]))
+        norm = clip_grad_norm_(model.parameters(), math.inf)  # the norm alone: nothing is clipped
+        log.add(grad_norm=norm)
+        norm, loss, stop = agree(stopping, norm, losses["l1"])
+        finite = math.isfinite(norm)
+        if finite:  # else weights, moments and average stay as they are
+            optimizer.step()
+            ema.update(model, step + 1)
+        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP's gradients are views of its buckets and stay
 
-        # The discriminator: fresh reconstructions of the updated decoder, without noise, in 8 bits as the real images.
+        # The discriminator learns from fresh reconstructions of the updated decoder: without noise, in 8 bits.
         if train_disc:
-            disc_optimizer.param_groups[0]["lr"] = lr_disc
+            rates["disc_lr"] = lr_at(step - disc_start, args, plan.steps_per_epoch)
+            disc_optimizer.param_groups[0]["lr"] = rates["disc_lr"]
             discriminator.train()
-            for micro, (real, z, uniforms) in enumerate(kept):
-                with torch.no_grad(), autocast:
-                    fake = quantize(2 * model(z) - 1)
-                both = torch.cat([diffaug(2 * real - 1, uniforms[2]), diffaug(fake, uniforms[1])])
-                with sync(wrapped_disc, micro):
-                    real_logits, fake_logits = wrapped_disc(both).chunk(2)
-                    disc = hinge_loss(real_logits, fake_logits)
-                    (disc * len(real) / local_batch).backward()
+            for micro, (real, z, augment_fake, augment_real) in enumerate(kept):
+                ddp_disc.require_backward_grad_sync = micro == plan.accumulate - 1
+                with autocast:
+                    with torch.no_grad():
+                        fake = quantize(2 * model(z) - 1)  # (B, 3, S, S) in [-1, 1]
+                    both = torch.cat([diffaug(2 * real - 1, augment_real), diffaug(fake, augment_fake)])
+                    real_logits, fake_logits = ddp_disc(both).chunk(2)  # (B, 5 N) each
+                disc = hinge_loss(real_logits, fake_logits)
+                (disc * len(real) / plan.local_batch).backward()
                 log.add(disc=disc, real=real_logits.mean(), fake=fake_logits.mean())
-            disc_norm = update(disc_optimizer)
-
-        # One wait for the GPU in each step, after which the ranks agree: on the gradients' norms (already the same on
-        # all), on files that could not be read, on whether any rank has been told to stop.
-        told = torch.tensor([broken, bool(stopping)], dtype=torch.float32, device=device)
-        status = torch.cat([torch.stack([norm, disc_norm]), told])
-        if args.distributed:
-            dist.all_reduce(status)
-        norm, disc_norm, broken, stop = status.tolist()
-        replaced += int(broken)
-        bad = not math.isfinite(norm + disc_norm)  # `update` has left such a step out
-        skipped, bad_in_a_row = skipped + bad, (bad_in_a_row + 1) * bad
+            norm = clip_grad_norm_(discriminator.heads.parameters(), math.inf)
+            log.add(disc_norm=norm)
+            if norm.isfinite():
+                disc_optimizer.step()
+            else:
+                finite = False
+            disc_optimizer.zero_grad(set_to_none=args.world_size == 1)
 
         done = step + 1
-        epoch, end = done / steps_per_epoch, done == total or stop or bad_in_a_row == 20
-        bar.update()
-        if done % args.log_every == 0 or end:
-            log.write(bar, done, epoch, args.batch, lr=lr, lr_disc=lr_disc, grad_norm=norm / args.world_size,
-                      skipped=skipped, replaced=replaced)  # fmt: skip
-        if main_rank and args.preview_every and (done % preview_every == 0 or done == total):
-            with torch.no_grad(), autocast:
-                decoded = decoders.to_uint8(ema.module(shown_z)).cpu()
-            picture = torch.cat([shown.permute(0, 2, 3, 1), decoded])  # (16, S, S, 3)
-            decoders.image_grid(picture, len(shown)).save(args.out / f"preview-{epoch:.2f}.png")
-        if main_rank and (done % save_every == 0 or end):
-            checkpoint(done)
-        if bad_in_a_row == 20:
-            return (f"stopped at step {done}: the gradient was not finite 20 times in a row; {args.out}/last.pt has "
-                    "the weights from before. Try --precision tf32 or a smaller --lr")  # fmt: skip
-        if stop:
-            say(f"stopped and saved at step {done}; the same command resumes")
+        skipped, bad_in_a_row = skipped + (not finite), 0 if finite else bad_in_a_row + 1
+        end = done == plan.total or stop or bad_in_a_row == 20
+        log.step(loss)
+        if done % plan.log_every == 0 or end:
+            log.row(done, **rates, skipped=skipped)
+        with log.paused():
+            if args.rank == 0 and (plan.due(done, plan.save_every) or end):
+                checkpoint(done)
+            if args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
+                with torch.no_grad(), autocast:
+                    decoded = to_uint8(ema.module(shown_z)).cpu()
+                grid = image_grid(torch.cat([shown.permute(0, 2, 3, 1), decoded]), len(shown))
+                grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
+        if end:
             break
-    bar.close()
+    finish(args, done, stop, bad_in_a_row)
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    problem = encoders.guard(train, args)
-    if args.distributed:  # only here, where all ranks agree: one that fails alone must not wait for the others
-        dist.destroy_process_group()
-    if problem:
-        parser.error(problem) if args.rank == 0 else sys.exit(2)
+    with one_line_refusals(parser):
+        train(args)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,54 @@
-"""The models: sizes, checkpoints ours and published, encoders by name, latent statistics, what each file imports."""
+"""The models: sizes, attention, initialisation, the decoder's hidden states, flow matching, sampling, checkpoints."""
 
-import ast
-import functools
-import os
-import shutil
-import subprocess
-import sys
+import math
 
 import numpy as np
 import pytest
-import timm
 import torch
-from conftest import ROOT, published_decoder, published_dit, randomize
+import torch.nn.functional as F
+from conftest import published_decoder, published_dit, randomize
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 import decoder as decoders
 import dit as dits
-import encoder as encoders
+from decoder import Decoder, from_published, image_grid, load_decoder, patchify, to_uint8, unpatchify
+from dit import (
+    DiT,
+    attention,
+    config_from_state,
+    denormalize,
+    flow_matching_loss,
+    guided,
+    load_dit,
+    normalize,
+    sample,
+    sample_noise,
+    shift_for,
+    time_shift,
+)
+
+TINY = dict(latent_dim=12, grid=3)
+HEAD = TINY | dict(num_classes=5) | dits.SIZES["DiT-DH-tiny"] | dict(depth=2, head_depth=3)
+PLAIN = {key: value for key, value in HEAD.items() if "head_" not in key}
+PIXELS = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+
+
+def draw(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latents(batch=2, seed=1):
+    return draw(batch, 12, 3, 3, seed=seed)
+
+
+def tiny_decoder(seed=0):
+    return randomize(Decoder(**TINY, patch=4, width=128, depth=2, heads=4, mlp=100, **PIXELS), seed)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sizes
+# Sizes and shapes
 
 
 def millions(model):
@@ -27,31 +56,29 @@ def millions(model):
 
 
 DITS = {"DiT-S": 33.6, "DiT-B": 131.7, "DiT-L": 459.7, "DiT-XL": 677.0, "DiT-DH-S": 196.4, "DiT-DH-B": 294.1,
-        "DiT-DH-L": 621.5, "DiT-DH-XL": 838.4}  # fmt: skip
+        "DiT-DH-L": 621.5, "DiT-DH-XL": 838.4}
 
 
 @pytest.mark.parametrize("name", DITS)
 def test_diffusion_model_sizes(name):
     """Parameter counts of the paper's table, and the size that a published file of each is recognised as."""
     with torch.device("meta"):
-        model = dits.DiT(768, 16, 1000, **dits.SIZES[name], allow_narrow=True)
+        model = DiT(768, 16, 1000, **dits.SIZES[name], allow_narrow=True)
     assert millions(model) == DITS[name]
-    state = model.state_dict() | {"pos_embed": model.pos_embed}
-    assert model.config | dits.config_from_state(state) == model.config
-    assert set(dits.config_from_state(state)) >= {"width", "depth", "heads", "grid", "num_classes", "latent_dim"}
+    config = config_from_state(model.state_dict() | {"pos_embed": model.pos_embed})
+    assert model.config | config == model.config
+    assert config.keys() >= {"width", "depth", "heads", "grid", "num_classes", "latent_dim"}
 
 
 @pytest.mark.parametrize("name, count", {"ViT-B": 86.2, "ViT-L": 303.9, "ViT-XL": 415.1}.items())
 def test_decoder_sizes(name, count):
     with torch.device("meta"):
-        model = decoders.Decoder(**decoders.SIZES[name])
+        model = Decoder(**decoders.SIZES[name])
         assert millions(model) == count and model.image_size == 256
-        config, state = decoders.from_published(published_decoder(model))
-        assert config == {key: model.config[key] for key in config} and config.keys() == model.config.keys() - {
-            "mean", "std"
-        }  # fmt: skip
+        config, state = from_published(published_decoder(model))
+        assert config == {key: value for key, value in model.config.items() if key not in ("mean", "std")}
         model.load_state_dict(state, assign=True)
-        config, _ = decoders.from_published(published_decoder(decoders.Decoder(grid=16, patch=32, depth=1)))
+        config, _ = from_published(published_decoder(Decoder(grid=16, patch=32, depth=1)))
     assert (config["grid"], config["patch"]) == (16, 32)  # decoder upsampling
 
 
@@ -62,290 +89,245 @@ def test_models_too_narrow_for_their_tokens_are_refused():
         ("DiT-DH-XL", 2049, "a width of at least 2049"),
     ]:
         with torch.device("meta"), pytest.raises(ValueError, match="Theorem 1") as error:
-            dits.DiT(latent_dim, **dits.SIZES[name])
+            DiT(latent_dim, **dits.SIZES[name])
         message = str(error.value)
         assert f"use {fit}, or insist with --allow-narrow" in message and f"{latent_dim}-wide" in message
     with torch.device("meta"):
-        dits.DiT(768, **dits.SIZES["DiT-DH-S"])  # the wide head reads x_t and writes v
-        dits.DiT(768, **dits.SIZES["DiT-B"])  # as wide as the tokens is enough
-        dits.DiT(768, **dits.SIZES["DiT-S"], allow_narrow=True)
+        DiT(768, **dits.SIZES["DiT-DH-S"])  # the wide head reads x_t and writes v
+        DiT(768, **dits.SIZES["DiT-B"])  # as wide as the tokens is enough
+        DiT(768, **dits.SIZES["DiT-S"], allow_narrow=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-TINY = dict(latent_dim=12, grid=3)
-HEAD = TINY | dict(num_classes=5) | dits.SIZES["DiT-DH-tiny"] | dict(depth=2, head_depth=3)
-PLAIN = {key: value for key, value in HEAD.items() if "head_" not in key}
-
-
-def latents(batch=2, seed=1):
-    return torch.randn(batch, 12, 3, 3, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module")
-def tiny_decoder():
-    return randomize(decoders.Decoder(**TINY, patch=4, width=128, depth=2, heads=4, mlp=100,
-                                      mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))  # fmt: skip
-
-
-@pytest.mark.parametrize("wrap", [None, "ema", "model"])
-def test_published_decoder_round_trip(tiny_decoder, tmp_path, wrap):
-    state = published_decoder(tiny_decoder)
-    torch.save({wrap: state, "step": 3} if wrap else state, tmp_path / "model.pt")
-    model, info = decoders.load_decoder(tmp_path / "model.pt", dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
-    assert model.config == tiny_decoder.config and info == {} and not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model(latents()), tiny_decoder(latents()))
-    default, _ = decoders.load_decoder(tmp_path / "model.pt")  # pixels as ImageNet's
-    assert default.config["mean"] == [0.485, 0.456, 0.406]
-
-
-def test_our_decoder_round_trip(tiny_decoder, tmp_path):
-    record = dict(name="dinov2-b", image_size=256, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
-    file = dict(kind="decoder", config=tiny_decoder.config, model=tiny_decoder.state_dict(), encoder=record, epoch=1.0)
-    torch.save(file, tmp_path / "decoder.pt")
-    model, info = decoders.load_decoder(
-        tmp_path / "decoder.pt", dict(mean=(9, 9, 9), std=(9, 9, 9))
-    )  # it knows its own
-    assert info["encoder"] == record and torch.equal(model(latents()), tiny_decoder(latents()))
-
-
-@pytest.mark.parametrize("config, wrap", [
-    (PLAIN, None), (HEAD, None), (PLAIN | dict(qk_norm=True), "model"), (HEAD | dict(qk_norm=True), "ema"),
-], ids=["DiT", "DiT-DH", "DiT qk", "DiT-DH qk"])  # fmt: skip
-def test_published_diffusion_model_round_trip(tmp_path, config, wrap):
-    model = randomize(dits.DiT(**config))
-    other = published_dit(randomize(dits.DiT(**config), seed=1))
-    file = published_dit(model)
-    if wrap:
-        file = {"model": other, "opt": {"lr": 1.0}, wrap: file}  # the EMA weights are taken where there are some
-    torch.save(file, tmp_path / "stage2.pt")
-    loaded, info = dits.load_dit(tmp_path / "stage2.pt")
-    assert loaded.config == model.config and info == {} and not loaded.training
-    x, t, y = latents(), torch.tensor([0.2, 0.9]), torch.tensor([3, 5])
-    assert torch.equal(loaded(x, t, y), model(x, t, y))
-
-
-def test_our_diffusion_model_round_trip(tmp_path):
-    model = randomize(dits.DiT(16, 3, 5, 8, 1, 2, allow_narrow=True))  # of no size in the table, narrow too
-    stats = {"mean": torch.zeros(16, 3, 3), "var": torch.ones(16, 3, 3)}
-    file = dict(kind="dit", config=model.config, model=model.state_dict(), stats=stats, shift=2.0, label_dropout=0.1,
-                encoder=dict(name="dinov2-b"), epoch=1.0)  # fmt: skip
-    torch.save(file, tmp_path / "dit.pt")
-    loaded, info = dits.load_dit(tmp_path / "dit.pt")
-    assert info.keys() == {"stats", "shift", "label_dropout", "encoder", "epoch"} and info["shift"] == 2
-    x, t, y = torch.randn(2, 16, 3, 3), torch.tensor([0.2, 0.9]), torch.tensor([3, 5])
-    assert torch.equal(loaded(x, t, y), model(x, t, y))
-
-
-def test_files_that_are_neither_ours_nor_published(tiny_decoder, tmp_path):
-    """One line that names the file and what was found in it, from both loaders and from load_stats."""
-    decoder, model = published_decoder(tiny_decoder), published_dit(randomize(dits.DiT(**HEAD)))
-    stats = {"mean": None, "var": torch.ones(12, 3, 3)}
-    files = {  # name -> content, what the message says of it
-        "stat.pt": (stats, "'mean', 'var'"), "list.pt": ([1, 2], "list"), "tensor.pt": (torch.ones(2), "Tensor"),
-        "empty.pt": ({}, "[]"), "last.pt": (dict(kind="train_dit", model=model), "train_dit"),
-        "nested.pt": ({"ema": {"a.weight": torch.ones(1)}}, ""), "pickle.pt": (nn.Linear(1, 1), "UnpicklingError"),
-        "decoder.pt": (decoder, "decoder_pos_embed"), "dit.pt": (model, "t_embedder.W"),
-    }  # fmt: skip
-    damaged = {}  # name -> the loader that should have read it
-    for kind, name, content, found in [
-        ("decoder", "hole.pt", {k: v for k, v in decoder.items() if k != "decoder_norm.bias"}, "decoder_norm.bias"),
-        ("decoder", "wide.pt", decoder | {"decoder_embed.weight": torch.ones(100, 12)}, "width 100"),
-        ("decoder", "shape.pt", decoder | {"decoder_norm.bias": torch.ones(2)}, "norm.bias"),
-        ("decoder", "ours.pt", dict(kind="decoder", config={"depths": 1}, model={}, encoder={}), "depths"),
-        ("decoder", "bare.pt", dict(kind="decoder", model={}), "config"),
-        ("dit", "hole_dit.pt", {k: v for k, v in model.items() if k != "t_embedder.W"}, "t_embedder.W"),
-        ("dit", "wide_dit.pt", model | {"y_embedder.embedding_table.weight": torch.ones(6, 100)}, "widths 100"),
-        ("dit", "ours_dit.pt", dict(kind="dit", config={"depths": 1}, model={}), "depths"),
-    ]:
-        files[name], damaged[name] = (content, found), kind
-    for name, (content, _) in files.items():
-        torch.save(content, tmp_path / name)
-    (tmp_path / "text.pt").write_text("text")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "decoder.pt").read_bytes()[:-1000])
-    (tmp_path / "folder.pt").mkdir()
-    files |= {"text.pt": (None, "Error"), "cut.pt": (None, "Error"), "folder.pt": (None, "Error")}
-    loaders = {"decoder": decoders.load_decoder, "dit": dits.load_dit,
-               "stat": lambda path: encoders.load_stats(path, (12, 3, 3))}  # fmt: skip
-    for kind, load in loaders.items():
-        load(tmp_path / f"{kind}.pt")
-        for name, (_, found) in files.items():
-            if name == f"{kind}.pt":
-                continue
-            with pytest.raises(ValueError) as error:
-                load(tmp_path / name)
-            message = str(error.value)
-            assert str(tmp_path / name) in message and "\n" not in message and len(message) < 600, message
-            if load != loaders[damaged.get(name, kind)]:
-                continue
-            assert found in message, message
-        with pytest.raises(FileNotFoundError, match="absent.pt") as error:
-            load(tmp_path / "absent.pt")
-        assert "give" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_statistics_files(tmp_path):
-    var = torch.rand(4, 2, 2, dtype=torch.float64) + 1
-    torch.save({"mean": None, "var": var}, tmp_path / "none.pt")
-    stats = encoders.load_stats(tmp_path / "none.pt", (4, 2, 2))
-    assert stats["mean"].shape == (4, 2, 2) and not stats["mean"].any()
-    assert torch.equal(stats["var"], var.float()) and stats["mean"].dtype == stats["var"].dtype == torch.float32
-    torch.save({"mean": var, "var": 2 * var}, tmp_path / "both.pt")
-    stats = encoders.load_stats(tmp_path / "both.pt", (4, 2, 2))
-    assert torch.equal(stats["mean"], var.float()) and torch.equal(stats["var"], 2 * var.float())
-    torch.save({"mean": var[:1], "var": var}, tmp_path / "mean.pt")
-    for name, shape, found in [("both.pt", (4, 4, 4), (4, 2, 2)), ("mean.pt", (4, 2, 2), (1, 2, 2))]:
+@pytest.mark.parametrize("shape", [(2, 12, 4, 9), (2, 12, 9, 4), (2, 8, 6, 6), (2, 12, 36), (12, 6, 6), (2, 12, 3, 3)])
+def test_latents_of_another_shape_are_refused(shape):
+    """4 x 9 latents have as many tokens as 6 x 6 ones, and would get the wrong positions."""
+    x, t, y = torch.zeros(shape), torch.zeros(shape[0]), torch.zeros(shape[0], dtype=torch.long)
+    for model, given in [(DiT(12, 6, 3, 16, 1, 2), (x, t, y)), (Decoder(12, 6, 2, 16, 1, 2, 16), (x,))]:
+        model(torch.zeros(2, 12, 6, 6), *(value[:1].expand(2) for value in given[1:]))
         with pytest.raises(ValueError) as error:
-            encoders.load_stats(tmp_path / name, shape)
-        assert str(shape) in str(error.value) and str(found) in str(error.value) and name in str(error.value)
+            model(*given)
+        assert str(shape) in str(error.value) and "(12, 6, 6)" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encoders
-
-SMALL = dict(embed_dim=32, depth=2, num_heads=2)
-VITS = {  # name -> side of the grid for 256 px; each has something of its own
-    "dinov2-b": 16,  # patch 14: sees 224 px; registers
-    "siglip2-b": 16,  # no prefix tokens; a pooling layer that is not used
-    "vit_small_patch8_224.dino": 32,
-    "vit_small_patch32_224": 8,
-    "vit_small_patch14_dinov2": 16,  # positions have a row for CLS
-    "vit_medium_patch16_gap_256.sw_in12k_ft_in1k": 16,  # average-pooled: its norm is an Identity
-    "deit3_small_patch16_224.fb_in22k_ft_in1k": 16,
-    "vit_base_patch16_clip_224.openai": 16,  # a norm in front, and pixels of its own
-    "eva02_tiny_patch14_224.mim_in22k": 16,  # timm's other ViT, with RoPE
-}
+# Attention, activation checkpointing, precision
 
 
-def timm_weights(path, name, **vit):
-    """Random weights of a timm model in a file, norms and positions too."""
-    torch.manual_seed(0)
-    row = encoders.ENCODERS.get(name, dict(model=name))
-    model = timm.create_model(row["model"], num_classes=0, **(row.get("vit", {}) | vit))
-    torch.save(randomize(model, std=0.5).state_dict(), path)
-    return row["model"]
+def test_fused_and_plain_attention_are_equal():
+    """On the CPU float32 takes the fused form and float64 the plain one: outputs and gradients agree to 1e-6."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        q, k, v, g = (draw(2, 3, 10, 8, seed=seed).to(dtype).requires_grad_() for seed in range(4))
+        out = attention(q, k, v)
+        assert out.dtype == dtype
+        results.append([out, *torch.autograd.grad(out, (q, k, v), g)])
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused.double(), plain, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", VITS)
-def test_any_vit_by_its_name(name, tmp_path):
-    """Against timm's own: positions resampled as it loads the file, tokens after the last block, norm written out."""
-    vit, eps = SMALL | (dict(reg_tokens=4) if name == "dinov2-b" else {}), 1e-6
-    if "gap" in name:
-        eps = 0.3  # the last norm's own, wherever timm keeps it
-        vit |= dict(norm_layer=functools.partial(nn.LayerNorm, eps=eps))
-    model_name = timm_weights(tmp_path / "vit.pt", name, **vit)
-    encoder = encoders.Encoder(name, 256, tmp_path / "vit.pt", **vit)
-    side = VITS[name]
-    assert (encoder.latent_dim, encoder.grid, encoder.name) == (32, side, name)
-    images = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
-    z = encoder(images)
-    assert z.shape == (2, 32, side, side) and z.dtype == torch.float32
+@pytest.mark.parametrize("device, dtype, fused", [
+    ("cuda", torch.bfloat16, True), ("cuda", torch.float32, False),
+    ("cpu", torch.float32, True), ("cpu", torch.bfloat16, False),
+])
+def test_which_form_of_attention_is_taken(device, dtype, fused, monkeypatch):
+    calls, fused_form = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or fused_form(*qkv))
+    with FakeTensorMode():  # tensors without values: no GPU is needed
+        q, k, v = (torch.empty(2, 3, 10, 8, device=device, dtype=dtype) for _ in range(3))
+        out = attention(q, k, v)
+    assert (out.shape, out.dtype, out.device.type) == (v.shape, dtype, device)
+    assert bool(calls) == fused
 
-    size = 224 if "patch14" in model_name else 256
-    reference = timm.create_model(model_name, pretrained=True, num_classes=0, img_size=size,
-                                  pretrained_cfg_overlay=dict(file=str(tmp_path / "vit.pt"), custom_load=False),
-                                  **(encoders.ENCODERS.get(name, {}).get("vit", {}) | vit)).eval()  # fmt: skip
-    tokens = []
-    reference.blocks[-1].register_forward_hook(lambda module, inputs, output: tokens.append(output))
-    pixels = (
-        encoders.IMAGENET if name == "dinov2-b" else encoders.HALF if "siglip" in name else reference.pretrained_cfg
-    )
-    if size != 256:
-        images = nn.functional.interpolate(images, (size, size), mode="bicubic", align_corners=False)
-    mean, std = (torch.tensor(pixels[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+
+def gradients(model, *inputs):
+    """The output, and the gradients at the parameters and the first input."""
+    first, *others = inputs
+    first = first.clone().requires_grad_()
+    model.train().requires_grad_(True)
+    out = model(first, *others)
+    leaves = [first, *model.parameters()]
+    return [out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)]
+
+
+@pytest.mark.parametrize("kind", ["DiT", "DiT-DH", "decoder"])
+def test_activation_checkpointing_changes_nothing_but_recomputes(kind):
+    model = tiny_decoder() if kind == "decoder" else randomize(DiT(**(HEAD if kind == "DiT-DH" else PLAIN)))
+    inputs = (latents(),) if kind == "decoder" else (latents(), torch.tensor([0.2, 0.9]), torch.tensor([3, 5]))
+    calls = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    expected = gradients(model, *inputs)
+    assert len(calls) == len(model.blocks)
+    model.checkpointing = True
+    for ours, plain in zip(gradients(model, *inputs), expected, strict=True):
+        assert torch.equal(ours, plain)
+    assert len(calls) == 3 * len(model.blocks)
     with torch.no_grad():
-        reference.forward_features((images - mean) / std)
-    tokens = tokens[0][:, -(side**2) :]
-    expected = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True, correction=0) + eps).sqrt()
-    for row, column in [(0, 0), (0, side - 1), (side - 1, 0), (side // 2, 1)]:
-        torch.testing.assert_close(z[:, :, row, column], expected[:, row * side + column], rtol=1e-3, atol=1e-4)
+        model.eval()(*inputs)
+    assert len(calls) == 4 * len(model.blocks)
 
 
-def test_encoder_is_frozen_and_seeded():
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    encoder, again = encoders.Encoder("random-tiny", 32), encoders.Encoder("random-tiny", 64)
-    assert torch.equal(before, torch.get_rng_state()), "building an encoder draws nothing from the global generator"
-    assert torch.equal(encoder.vit.blocks[0].attn.qkv.weight, again.vit.blocks[0].attn.qkv.weight)
-    assert not encoder.train().training and not encoder.vit.training
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    images = torch.rand(2, 3, 32, 32, requires_grad=True)
-    z = encoder(images)
-    assert z.shape == (2, 128, 4, 4) and not z.requires_grad
-    torch.testing.assert_close(z.mean(1), torch.zeros(2, 4, 4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(z.var(1, correction=0), torch.ones(2, 4, 4), atol=1e-3, rtol=0)
-    assert encoder.record == dict(
-        name="random-tiny", image_size=32, latent_dim=128, grid=4, mean=[0.5] * 3, std=[0.5] * 3
-    )
-    torch.testing.assert_close(encoder(images.detach()[:1]), z[:1])
+@torch.no_grad()
+@pytest.mark.parametrize("config", [PLAIN, HEAD], ids=["DiT", "DiT-DH"])
+def test_bfloat16_autocast_is_close_to_float32(config):
+    model = randomize(DiT(**config, qk_norm=True))
+    given = latents(), torch.tensor([0.2, 0.9]), torch.tensor([3, 5])
+    expected = model(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = model(*given).float()
+        times = model.t_embedder(given[1])
+    assert ((v - expected).norm() / expected.norm()).item() < 0.03
+    assert torch.equal(times, model.t_embedder(given[1])), "times are embedded in float32"
 
 
-@pytest.mark.parametrize("name, size, reason", [
-    ("dinov2-x", 256, "dinov2-b"), ("vit_small_patch14_dinov3", 256, "vit_small_patch14_dinov2"),
-    ("vit_tiny_patch16_224.nothing", 256, "unknown"), ("resnet18", 256, "ResNet"), ("random-tiny", 30, "multiple of 8"),
-    ("dinov2-s", 250, "multiple of 16"), ("dinov2-s", 224 + 14, "multiple of 16"), ("mae-b", 0, "multiple of 16"),
-    ("vit_small_patch32_224", 240, "multiple of 32"),
-])  # fmt: skip
-def test_encoders_that_cannot_be_are_refused_before_any_download(name, size, reason, monkeypatch):
-    monkeypatch.setattr(encoders, "load_vit", lambda *_: pytest.fail("weights were asked for"))
-    with pytest.raises(ValueError, match=reason) as error:
-        encoders.Encoder(name, size, **({"depth": 1} if "vit" in name or "-" in name else {}))
-    message = str(error.value)
-    assert "\n" not in message and name in message and (size == 256 or f"image size {size} " in message)
+# ---------------------------------------------------------------------------------------------------------------------
+# Initialisation
 
 
-def test_weights_out_of_reach_say_what_to_fetch(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # nothing cached; conftest: offline
-    hub = "https://huggingface.co/timm/vit_small_patch14_reg4_dinov2.lvd142m "
-    timm_weights(tmp_path / "other.pt", "dinov2-s", depth=1, embed_dim=48)
-    timm_weights(tmp_path / "short.pt", "dinov2-s", depth=1)
-    torch.save([1], tmp_path / "list.pt")
-    (tmp_path / "text.pt").write_text("text")
-    (tmp_path / "text.safetensors").write_text("text")
-    for weights, reason in {None: "cannot download", "absent.pt": "absent.pt", "other.pt": "cls_token",
-                            "short.pt": "blocks.1.norm1.weight", "list.pt": "list.pt", "text.pt": "text.pt",
-                            "text.safetensors": "text.safetensors"}.items():  # fmt: skip
-        with pytest.raises(ValueError, match=reason) as error:
-            encoders.Encoder("dinov2-s", weights=weights and tmp_path / weights, depth=2)
-        message = str(error.value)
-        assert hub in message and "--encoder-weights" in message and "\n" not in message, message
+@pytest.mark.parametrize("config", [PLAIN, HEAD], ids=["DiT", "DiT-DH"])
+def test_initialisation_of_the_diffusion_models(config):
+    torch.manual_seed(0)
+    model = DiT(**config)
+    given = latents(), torch.tensor([0.2, 0.9]), torch.tensor([3, 5])
+    assert not model(*given).any(), "the model starts as v = 0"
+    x = draw(2, 9, 96)
+    assert torch.equal(model.blocks[0](x, draw(2, 1, 96), model.rope), x), "a block starts as the identity"
+    mlp = model.t_embedder.mlp
+    for weight in (mlp[0].weight, mlp[2].weight, model.y_embedder.embedding_table.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.15)
+    assert model.t_embedder.W.std().item() == pytest.approx(1, rel=0.15)
+    for embedder in [model.x_embedder] + ([model.s_embedder] if model.has_head else []):
+        limit = math.sqrt(6 / (12 + len(embedder.proj.bias)))  # Xavier's
+        assert 0.95 * limit < embedder.proj.weight.abs().max() <= limit and not embedder.proj.bias.any()
+    qkv = model.blocks[0].attn.qkv
+    limit = 1 / math.sqrt(96) if model.has_head else math.sqrt(6 / (96 + 3 * 96))  # torch's default, or Xavier's
+    assert 0.95 * limit < qkv.weight.abs().max() <= limit
+    assert bool(qkv.bias.any()) == model.has_head
 
 
-def test_weights_from_safetensors_and_wrapped_files(tmp_path):
-    timm_weights(tmp_path / "vit.pt", "mae-b", **SMALL)
-    state = torch.load(tmp_path / "vit.pt")
-    torch.save({"model": state | {"head.weight": torch.ones(3)}}, tmp_path / "wrapped.pth")
-    pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "vit.safetensors")
-    images = torch.rand(1, 3, 64, 64)
-    expected = encoders.Encoder("mae-b", 64, tmp_path / "vit.pt", **SMALL)(images)
-    for name in ("wrapped.pth", "vit.safetensors"):
-        assert torch.equal(encoders.Encoder("mae-b", 64, str(tmp_path / name), **SMALL)(images), expected)
+def test_the_decoder_starts_from_torch_defaults():
+    torch.manual_seed(0)
+    model = Decoder(**TINY, patch=4, width=128, depth=2, heads=4, mlp=100)
+    assert not model.cls.any()
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        limit = 1 / math.sqrt(layer.in_features)
+        for value in (layer.weight, layer.bias):
+            assert 0.9 * limit < value.abs().max() <= limit
+    for norm in (model.norm, model.blocks[0].norm1):
+        assert (norm.weight == 1).all() and (norm.bias == 0).all()
 
 
-def test_512_px_end_to_end(tmp_path):
-    """Native: 448 px in, a 32 x 32 grid, patch 16. Decoder upsampling: the 256-px encoder and patch 32."""
-    timm_weights(tmp_path / "vit.pt", "dinov2-s", **SMALL)
-    images = torch.rand(1, 3, 512, 512)
-    for size, grid, patch, shift in [(512, 32, 16, (32 * 32 * 32 / 4096) ** 0.5), (256, 16, 32, 2**0.5)]:
-        encoder = encoders.Encoder("dinov2-s", size, tmp_path / "vit.pt", **SMALL)
-        assert encoder.input_size == size * 14 // 16
-        stats = encoders.latent_statistics(encoder, [((images * 255).byte(), 0)], "cpu")
-        z = encoder(images)
-        assert z.shape == stats["mean"].shape[:0] + (1, 32, grid, grid) and stats["var"].shape == (32, grid, grid)
-        model = dits.DiT(32, grid, 3, width=32, depth=1, heads=2, head_width=48, head_depth=1, head_heads=2).eval()
-        assert dits.shift_for(z.shape[1:]) == pytest.approx(shift)
-        noise = dits.sample_noise(0, [7], z.shape[1:])
-        x = dits.sample(dits.guided(model, torch.tensor([1]), 2.0), noise, steps=2, shift=shift)
-        decoder = decoders.Decoder(32, grid, patch, width=32, depth=1, heads=2, mlp=32).eval()
-        with torch.no_grad():
-            pictures = decoders.to_uint8(decoder(dits.denormalize(x, stats)))
-        assert pictures.shape == (1, 512, 512, 3) and pictures.dtype == torch.uint8
-        assert decoder(z).shape == (1, 3, 512, 512)
-    assert dits.shift_for((768, 16, 16)) == pytest.approx(6.93, abs=0.005)
-    assert dits.shift_for((768, 32, 32)) == pytest.approx(13.86, abs=0.005)
-    assert dits.shift_for((8, 4, 4)) == 1
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder's output and hidden states
+
+
+def test_patches_and_images_are_each_others_inverse():
+    images = draw(2, 3, 12, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 9, 48)
+    assert torch.equal(unpatchify(patches, 4), images)
+    wide = draw(2, 3, 4, 12)
+    for token, column in [(0, 0), (2, 8)]:  # row by row; in a patch: rows, columns, colours
+        expected = wide[:, :, :, column : column + 4].permute(0, 2, 3, 1).flatten(1)
+        assert torch.equal(patchify(wide, 4)[:, token], expected)
+    tall = patchify(draw(1, 3, 8, 4), 4)
+    assert tall.shape == (1, 2, 48)
+
+
+def test_gradient_of_the_last_layer_by_one_product():
+    model = tiny_decoder()
+    model.requires_grad_(True)
+    images, h = model(latents(), return_hidden=True)
+    assert torch.equal(images, model(latents())) and h.shape == (2, 9, 128) and images.shape == (2, 3, 12, 12)
+    g = draw(*images.shape, seed=2)
+    expected, expected_bias = torch.autograd.grad(images, (model.to_pixels.weight, model.to_pixels.bias), g)
+    patches = patchify(g * model.std, model.patch)  # (B, N, p p 3)
+    torch.testing.assert_close(patches.flatten(0, 1).T @ h.flatten(0, 1), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(patches.sum((0, 1)), expected_bias, rtol=1e-5, atol=1e-4)
+
+
+def test_hidden_states_pass_through_ddp_and_compiled_blocks(tmp_path):
+    model = tiny_decoder().requires_grad_(True)
+    expected = model(latents(), return_hidden=True)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model)
+        images, h = wrapped(latents(), return_hidden=True)
+        torch.testing.assert_close((images, h), expected)
+        images.square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_pixels_are_clamped_and_rounded():
+    pixels = torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 254.4 / 255, 254.6 / 255, 1.0, 7.0]).expand(1, 3, 2, 8)
+    assert to_uint8(pixels)[0, 1, :, 2].tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
+
+
+@pytest.mark.parametrize("gap", [0, 1, 2])
+def test_images_lie_in_a_grid_row_by_row(gap):
+    images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 4, 6, 3)
+    picture = np.asarray(image_grid(images, 3, gap))
+    assert picture.shape == (2 * 4 + gap, 3 * 6 + 2 * gap, 3)
+    expected = np.full_like(picture, 255)
+    for i in range(5):
+        top, left = i // 3 * (4 + gap), i % 3 * (6 + gap)
+        expected[top : top + 4, left : left + 6] = i
+    np.testing.assert_array_equal(picture, expected)
+    assert image_grid(images[:2], 8, gap).size == (12 + gap, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow matching
+
+
+def test_normalised_latents():
+    z = 3 * latents(100) + 7
+    stats = {"mean": z.mean(0), "var": z.var(0, correction=0)}
+    x = normalize(z, stats)
+    torch.testing.assert_close(x.mean(0), torch.zeros(12, 3, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.var(0, correction=0), torch.ones(12, 3, 3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(denormalize(x, stats), z)
+    point = {"mean": torch.ones(1, 1, 1), "var": torch.zeros(1, 1, 1)}
+    assert normalize(torch.full((1, 1, 1, 1), 2.0), point).item() == pytest.approx(1 / math.sqrt(1e-5))
+
+
+def test_time_shift():
+    assert shift_for((768, 16, 16)) == pytest.approx(math.sqrt(48)) == pytest.approx(6.93, abs=0.005)
+    assert shift_for((768, 32, 32)) == pytest.approx(13.86, abs=0.005)
+    assert shift_for((8, 4, 4)) == 1 and shift_for((8, 4, 4), base=32) == 2
+    t = torch.linspace(0, 1, 1001)
+    for a in (1.0, 2.0, 6.928203, 13.856406):
+        shifted = time_shift(t, a)
+        assert shifted[0] == 0 and shifted[-1] == 1 and (shifted <= 1).all()
+        assert (shifted.diff() > 0).all() and (shifted >= t - 1e-6).all(), "towards noise"
+        torch.testing.assert_close(time_shift(shifted, 1 / a), t, atol=1e-5, rtol=0)
+    assert time_shift(torch.tensor(0.5), 3.0).item() == pytest.approx(0.75)
+
+
+def test_flow_matching_loss():
+    """Of a model that knows the answer: 0. Of v = 0: the mean square of noise - x, for each image."""
+    x, noise, y = latents(3), latents(3, seed=2), torch.tensor([4, 0, 2])
+    t = torch.tensor([0.0, 0.3, 1.0])
+
+    def knowing(x_t, times, labels):
+        assert torch.equal(times, t) and torch.equal(labels, y)
+        torch.testing.assert_close(x_t[0], x[0])
+        torch.testing.assert_close(x_t[1], 0.7 * x[1] + 0.3 * noise[1])
+        torch.testing.assert_close(x_t[2], noise[2])
+        return noise - x
+
+    assert flow_matching_loss(knowing, x, y, t, noise).tolist() == [0, 0, 0]
+    losses = flow_matching_loss(lambda x_t, t, y: torch.zeros_like(x_t, dtype=torch.bfloat16), x, y, t, noise)
+    torch.testing.assert_close(losses, ((noise - x) ** 2).flatten(1).mean(1))
+    assert losses.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
 
 
 def test_the_weak_model_is_asked_only_where_it_counts():
@@ -367,144 +349,197 @@ def test_the_weak_model_is_asked_only_where_it_counts():
         (2.0, weak, 0.5, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # no doubled batch
         (2.0, None, 0.5, [("model", 2, [3, 4]), ("model", 2, [9, 9])]),
         (2.0, weak, 0.9, [("model", 2, [3, 4])]),
-        (2.0, weak, 0.75, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # the interval is closed
+        (2.0, weak, 0.1, [("model", 2, [3, 4])]),
+        (2.0, weak, 0.7, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # the interval is closed, also where
+        (2.0, weak, 0.3, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # its ends are not float32 numbers
     ]:
         asked.clear()
-        v = dits.guided(model, y, scale, guide, interval=(0.25, 0.75))(x, torch.tensor(t))
+        v = guided(model, y, scale, guide, interval=(0.3, 0.7))(x, torch.tensor(t))
         assert asked == expected
         assert v.flatten().tolist() == ([2, 2] if len(expected) == 2 and guide else [1, 1])
 
 
-def test_pixels_are_clamped_and_rounded():
-    pixels = torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 254.4 / 255, 254.6 / 255, 1.0, 7.0]).expand(1, 3, 2, 8)
-    assert decoders.to_uint8(pixels)[0, 1, :, 2].tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
+def test_guidance_moves_away_from_the_weak_field():
+    y = torch.tensor([0, 1])
+
+    def model(x, t, y):
+        assert t.shape == (2,) and (t == 0.25).all() and t.dtype == x.dtype
+        return torch.where(y == 9, 2.0, 3.0)[:, None, None, None] * x
+
+    model.null_class = 9
+    x, t = draw(2, 1, 2, 2), torch.tensor(0.25)
+    torch.testing.assert_close(guided(model, y, 1.5)(x, t), 3.5 * x)  # 2 + 1.5 (3 - 2)
+    torch.testing.assert_close(guided(model, y, 1.5, lambda x, t, y: 0.5 * x)(x, t), 4.25 * x)  # 0.5 + 1.5 (3 - 0.5)
+    torch.testing.assert_close(guided(model, y, 0.0)(x, t), 2 * x)
+
+
+def test_noise_of_a_sample_depends_on_seed_and_index_alone():
+    noise = sample_noise(3, [5, 0, 7], (2, 4, 4))
+    assert noise.shape == (3, 2, 4, 4) and noise.dtype == torch.float32
+    assert torch.equal(sample_noise(3, [7], (2, 4, 4))[0], noise[2])
+    assert not torch.equal(sample_noise(4, [7], (2, 4, 4))[0], noise[2])
+    many = sample_noise(0, range(500), (4, 4, 4))
+    assert many.mean().item() == pytest.approx(0, abs=0.02) and many.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("steps, shift", [(1, 1.0), (4, 1.0), (7, 6.93)])
+def test_a_straight_path_is_integrated_exactly(steps, shift):
+    """For data in one point z the velocity is (x_t - z) / t: every estimate is z, and Euler's method ends there."""
+    z, noise = draw(1, 3, 2, 2, seed=5), draw(4, 3, 2, 2)
+    seen, asked = [], []
+
+    def velocity(x, t):
+        assert t.shape == () and t.dtype == torch.float32 and t.device.type == "cpu"
+        assert not torch.is_grad_enabled()
+        asked.append(t)
+        torch.testing.assert_close(x, (1 - t) * z + t * noise, rtol=1e-4, atol=1e-5)
+        return (x - z) / t
+
+    x = sample(velocity, noise, steps, shift, watch=lambda step, estimate: seen.append((step, estimate)))
+    assert [step for step, _ in seen] == list(range(steps))
+    assert torch.equal(torch.stack(asked), time_shift(torch.linspace(1, 0, steps + 1), shift)[:-1])
+    for _, estimate in seen:
+        torch.testing.assert_close(estimate, z.expand_as(noise), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x, z.expand_as(noise), rtol=1e-4, atol=1e-5)
+
+
+def test_watching_changes_nothing_and_ends_with_the_sample():
+    model = randomize(DiT(**HEAD))
+    velocity, noise = guided(model, torch.tensor([1, 2]), 1.5), latents()
+    estimates = []
+    x = sample(velocity, noise, 5, 3.0, watch=lambda step, estimate: estimates.append(estimate))
+    assert torch.equal(x, sample(velocity, noise, 5, 3.0))
+    assert len(estimates) == 5 and torch.equal(estimates[-1], x)
+    torch.testing.assert_close(estimates[0], noise - velocity(noise, torch.tensor(1.0)))
+    assert sample(velocity, noise).shape == noise.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Latent statistics
+# Checkpoints
 
 
-class Tokens(nn.Module):
-    """Stands in for an encoder: a fixed map of the pixels, with means far from zero, and exact for any batch."""
-
-    latent_dim, grid = 6, 2
-
-    def forward(self, images):
-        first = images[:, :, ::2, ::2]  # (B, 3, 2, 2)
-        return torch.cat([100 + first, first.square() - 3], 1)
-
-
-def parts(images, size):
-    return [(images[i : i + size], torch.zeros(1)) for i in range(0, len(images), size)]
-
-
-@pytest.fixture(scope="module")
-def photos():
-    return torch.randint(0, 256, (23, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("wrap", [None, "ema", "model"])
+def test_published_decoder_round_trip(tmp_path, wrap):
+    decoder = tiny_decoder()
+    state = published_decoder(decoder)
+    torch.save({wrap: state, "step": 3} if wrap else state, tmp_path / "model.pt")
+    model, info = load_decoder(tmp_path / "model.pt", PIXELS)
+    assert model.config == decoder.config and info == {} and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(latents()), decoder(latents()))
+    default, _ = load_decoder(tmp_path / "model.pt")  # pixels as ImageNet's
+    assert default.config["mean"] == [0.485, 0.456, 0.406]
 
 
-def expected_statistics(photos):
-    z = np.concatenate([Tokens()(photo[None].float() / 255).numpy() for photo in photos]).astype(np.float64)
-    return torch.from_numpy(z.mean(0)).float(), torch.from_numpy(z.var(0)).float()
+def test_our_decoder_round_trip(tmp_path):
+    decoder = tiny_decoder()
+    file = dict(config=decoder.config, model=decoder.state_dict())
+    optional = dict(encoder=dict(name="dinov2-b", image_size=256), tau=0.8, epoch=1.0)
+    wrong = dict(mean=(9, 9, 9), std=(9, 9, 9))
+    for content, expected in [(file | optional | dict(kind="decoder"), optional), (file, {})]:
+        torch.save(content, tmp_path / "decoder.pt")
+        model, info = load_decoder(tmp_path / "decoder.pt", wrong)  # the file tells its own
+        assert info == expected and torch.equal(model(latents()), decoder(latents()))
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("size", [1, 4, 7, 23])
-def test_latent_statistics_are_exact(photos, size):
-    stats = encoders.latent_statistics(Tokens(), parts(photos, size), "cpu")
-    mean, var = expected_statistics(photos)
-    torch.testing.assert_close(stats["mean"], mean, rtol=1e-7, atol=0)
-    torch.testing.assert_close(stats["var"], var, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("config, wrap", [
+    (PLAIN, None), (HEAD, None), (PLAIN | dict(qk_norm=True), "model"), (HEAD | dict(qk_norm=True), "ema"),
+], ids=["DiT", "DiT-DH", "DiT qk", "DiT-DH qk"])
+def test_published_diffusion_model_round_trip(tmp_path, config, wrap):
+    model = randomize(DiT(**config))
+    other = published_dit(randomize(DiT(**config), seed=1))
+    file = published_dit(model)
+    if wrap:
+        file = {"model": other, "opt": {"lr": 1.0}, wrap: file}  # the EMA weights are taken where there are some
+    torch.save(file, tmp_path / "stage2.pt")
+    loaded, info = load_dit(tmp_path / "stage2.pt")
+    assert loaded.config == model.config and info == {} and not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    given = latents(), torch.tensor([0.2, 0.9]), torch.tensor([3, 5])
+    assert torch.equal(loaded(*given), model(*given))
 
 
-def test_latent_statistics_of_two_ranks(photos, monkeypatch):
-    """Ranks of unequal share and batch: the first pass collects what each gives to the others, the second adds it."""
-    given = []
-    ranks = [parts(photos[:5], 2), parts(photos[5:], 3)]
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: given.append(tensor.clone()))
-    for rank in ranks:
-        encoders.latent_statistics(Tokens(), rank, "cpu", distributed=True)
-    calls = len(given) // 2
-    sums = iter([a + b for a, b in zip(given[:calls], given[calls:], strict=True)] * 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(next(sums)))
-    mean, var = expected_statistics(photos)
-    for rank in ranks:
-        stats = encoders.latent_statistics(Tokens(), rank, "cpu", distributed=True)
-        torch.testing.assert_close(stats["mean"], mean, rtol=1e-7, atol=0)
-        torch.testing.assert_close(stats["var"], var, rtol=1e-6, atol=0)
+def our_dit():
+    """A diffusion model of no size in the table, and narrow too; what its file must hold, and what it may."""
+    model = randomize(DiT(16, 3, 5, 8, 1, 2, allow_narrow=True))
+    stats = {"mean": draw(16, 3, 3), "var": draw(16, 3, 3).exp()}
+    return model, dict(config=model.config, model=model.state_dict()), dict(
+        stats=stats, shift=2.0, label_dropout=0.1, encoder=dict(name="dinov2-b"), epoch=1.0, classes=list("abcde"))
 
 
-def test_normalised_latents_have_unit_variance(photos):
-    stats = encoders.latent_statistics(Tokens(), parts(photos, 5), "cpu")
-    z = Tokens()(photos.float() / 255)
-    x = dits.normalize(z, stats)
-    torch.testing.assert_close(x.mean(0), torch.zeros(6, 2, 2), atol=1e-3, rtol=0)
-    torch.testing.assert_close(x, (z - stats["mean"]) / (stats["var"] + 1e-5).sqrt())
-    torch.testing.assert_close(dits.denormalize(x, stats), z)
+def test_our_diffusion_model_round_trip(tmp_path):
+    model, file, optional = our_dit()
+    for content, expected in [(file | optional | dict(kind="dit"), optional), (file, {})]:
+        torch.save(content, tmp_path / "dit.pt")
+        loaded, info = load_dit(tmp_path / "dit.pt")
+        assert info.keys() == expected.keys() and info.get("classes") == expected.get("classes")
+        assert loaded.num_classes == loaded.null_class == 5
+        given = draw(2, 16, 3, 3), torch.tensor([0.2, 0.9]), torch.tensor([3, 5])
+        assert torch.equal(loaded(*given), model(*given))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The rooms
-
-ROOMS = {
-    "encoder": set(), "decoder": set(), "dit": set(), "fid": {"encoder"}, "sample": {"encoder", "decoder", "dit"},
-    "train_decoder": {"encoder", "decoder", "fid"}, "train_dit": {"encoder", "decoder", "dit", "fid"},
-}  # fmt: skip
-PACKAGES = {"torch", "numpy", "timm", "PIL", "scipy", "tqdm"}  # requirements.txt
-
-
-def imports(tree):
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, "relative import"
-            yield node.module.split(".")[0]
+def refusal(load, path):
+    """What a loader says of a file that it refuses: one line that names the file and what to give instead."""
+    with pytest.raises(ValueError) as error:
+        load(path)
+    message = str(error.value)
+    assert str(path) in message and "give a" in message and "\n" not in message and len(message) < 500, message
+    return message
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_who_may_enter_which_room(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    found = set(imports(tree)) - set(sys.stdlib_module_names)
-    assert found - PACKAGES <= ROOMS[name]
-    if name == "fid":  # inside its command line only
-        assert "encoder" not in set(imports(ast.Module([n for n in tree.body if "Import" in type(n).__name__], [])))
-    assert {path.stem for path in ROOT.glob("*.py")} == set(ROOMS)
+def test_statistics_that_cannot_be_are_refused(tmp_path):
+    _, file, optional = our_dit()
+    mean, var = optional["stats"]["mean"], optional["stats"]["var"]
+    broken = mean.clone()
+    broken[3, 1, 1] = math.nan
+    for stats, reason in [
+        ({"mean": mean[:1], "var": var}, "(16, 3, 3)"), ({"mean": mean, "var": var[None]}, "(16, 3, 3)"),
+        ({"mean": mean, "var": var / 0}, "finite"), ({"mean": broken, "var": var}, "finite"),
+        ({"mean": mean}, "'var'"), ([mean, var], "list"),
+    ]:
+        torch.save(file | optional | dict(stats=stats), tmp_path / "dit.pt")
+        assert reason in refusal(load_dit, tmp_path / "dit.pt")
 
 
-def test_files_work_when_copied_out_alone(tmp_path):
-    """encoder.py, decoder.py, dit.py, fid.py, each from an otherwise empty folder."""
-    code = ["import sys", "paths = sys.path[1:]"]
-    for name, use in {
-        "encoder": "encoder.Encoder('random-tiny', 32).grid",
-        "decoder": "decoder.Decoder(8, 2, 2, 32, 1, 2, 32).image_size",
-        "dit": "dit.DiT(8, 4, 3, 32, 1, 2).config['grid']",
-        "fid": "4",
-    }.items():
-        (tmp_path / name).mkdir()
-        shutil.copy(ROOT / f"{name}.py", tmp_path / name)
-        code += [f"sys.path = [{str(tmp_path / name)!r}, *paths]", f"import {name}", f"print({use})",
-                 f"del sys.modules[{name!r}]"]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    run = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=environment, capture_output=True,
-                         text=True, timeout=120)  # fmt: skip
-    assert run.stdout.split() == ["4"] * 4, run.stderr[-2000:]
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    for model, load in [(our_dit()[0], load_dit), (tiny_decoder(), load_decoder)]:
+        list(model.parameters())[3].view(-1)[0] = math.inf
+        torch.save(dict(config=model.config, model=model.state_dict()), tmp_path / "model.pt")
+        assert "finite" in refusal(load, tmp_path / "model.pt")
 
 
-def test_compiled_blocks_keep_a_graph_for_each_shape():
-    """A smaller batch in between leaves no dynamic graph that would serve the usual one from then on."""
-    graphs, runs = [], []
-    torch._dynamo.reset()  # other tests' graphs
-
-    def backend(module, inputs):
-        graphs.append(module)
-        number = len(graphs)
-        return lambda *values: runs.append(number) or module(*values)
-
-    model = dits.DiT(16, 2, 4, width=16, depth=2, heads=2)
-    with pytest.MonkeyPatch.context() as patch:
-        compile_module = nn.Module.compile
-        patch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, backend=backend, **how))
-        encoders.compile_blocks(model)
-    for batch in (4, 3, 4):
-        model(torch.randn(batch, 16, 2, 2), torch.rand(batch), torch.zeros(batch).long())
-    assert runs == [1, 1, 2, 2, 1, 1]  # two blocks each
+def test_files_that_hold_no_such_model(tmp_path):
+    """Foreign files, each other's files, damaged ones: both loaders refuse them in one line with the reason."""
+    decoder, model = published_decoder(tiny_decoder()), published_dit(randomize(DiT(**HEAD)))
+    our_decoder = dict(config=tiny_decoder().config, model=tiny_decoder().state_dict())
+    _, our_model, _ = our_dit()
+    unlike = {"stat.pt": {"mean": None, "var": torch.ones(12, 3, 3)}, "list.pt": [1, 2], "tensor.pt": torch.ones(2),
+              "empty.pt": {}, "last.pt": dict(kind="train_dit", args={}, model=our_model["model"]),
+              "nested.pt": {"ema": {"a.weight": torch.ones(1)}}, "pickle.pt": nn.Linear(1, 1), "none.pt": None}
+    for name, content in unlike.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "text.pt").write_text("text")
+    torch.save(decoder, tmp_path / "decoder.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "decoder.pt").read_bytes()[:-1000])
+    (tmp_path / "folder.pt").mkdir()
+    for load in (load_decoder, load_dit):
+        for name in [*unlike, "text.pt", "cut.pt", "folder.pt"]:
+            assert "trust" not in refusal(load, tmp_path / name), "no advice to run the code in a pickle"
+        with pytest.raises(FileNotFoundError, match="absent.pt") as error:
+            load(tmp_path / "absent.pt")
+        assert "give a" in str(error.value) and "\n" not in str(error.value)
+    for load, content, reason in [
+        (load_decoder, model, "'config'"), (load_decoder, our_model, "'num_classes'"),
+        (load_dit, decoder, "'config'"), (load_dit, our_decoder, "'patch'"),
+        (load_decoder, {k: v for k, v in decoder.items() if k != "decoder_norm.bias"}, "decoder_norm.bias"),
+        (load_decoder, decoder | {"decoder_embed.weight": torch.ones(100, 12)}, "100 wide"),
+        (load_decoder, decoder | {"decoder_norm.bias": torch.ones(2)}, "norm.bias"),
+        (load_decoder, dict(config={"depths": 1}, model={}), "depths"),
+        (load_decoder, dict(config=our_decoder["config"], model={}), "cls"),
+        (load_dit, {k: v for k, v in model.items() if k != "t_embedder.W"}, "t_embedder.W"),
+        (load_dit, model | {"y_embedder.embedding_table.weight": torch.ones(6, 100)}, "widths 100"),
+        (load_dit, dict(config={"depths": 1}, model={}), "depths"),
+    ]:
+        torch.save(content, tmp_path / "file.pt")
+        assert reason in refusal(load, tmp_path / "file.pt")

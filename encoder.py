@@ -565,23 +565,26 @@ def number(kind, least=None, above=None, below=2**63):
 
 
 natural, count = number(int, least=0), number(int, least=1)
-nonnegative, positive = number(float, least=0), number(float, above=0)
+amount, positive = number(float, least=0), number(float, above=0)
 share = number(float, least=0, below=1)
 
 # A row for each flag: its type, its default in each preset, its meaning. A tuple lists the choices, a list is the types
 # of several values, bool is a switch.
 PRESETS = ("imagenet256", "imagenet512", "demo")
+ENCODER_HELP = f"{', '.join(ENCODERS)}, or a timm ViT"
+PRECISION = ("float32", "tf32", "bf16")
+BOTH = argparse.BooleanOptionalAction  # --compile and --no-compile
 RUN_FLAGS = [
-    ("--out", Path, None, None, None, "folder for everything written (default: runs/<preset>/<stage>)"),
-    ("--device", ("cuda", "cpu"), None, None, None, "device (default: cuda where there is one)"),
-    ("--workers", natural, None, None, None, "loader processes for each GPU (default: by the cores, at most 12)"),
-    ("--precision", ("float32", "tf32", "bf16"), "tf32", "tf32", "tf32",
-     "precision of matrix products, the encoder's too; tf32 is float32 on a CPU; bf16 training needs --qk-norm"),
-    ("--compile", argparse.BooleanOptionalAction, None, None, None, "torch.compile (default: on CUDA)"),
-    ("--checkpointing", bool, False, False, False, "recompute activations in backward: less memory, slower"),
-    ("--log-every", count, None, None, None, "steps between rows of log.csv (default: 100; less in a short run)"),
-    ("--save-every", positive, None, None, None, "epochs between checkpoints (default: 1, but at least 500 steps)"),
-    ("--seed", natural, 0, 0, 0, "seed of the initial weights and of everything that is drawn"),
+    # flag             type      256 px  512 px  demo    meaning
+    ("--out",           Path,     None,   None,   None,   "folder for all that is written (default: runs/<preset>/)"),
+    ("--device",        ("cuda", "cpu"), None, None, None, "device (default: cuda where there is one)"),
+    ("--workers",       natural,  None,   None,   None,   "loader processes for each GPU (default: by the cores)"),
+    ("--precision",     PRECISION, "tf32", "tf32", "tf32", "precision of matrix products; on a CPU tf32 is float32"),
+    ("--compile",       BOTH,     None,   None,   None,   "torch.compile (default: on CUDA)"),
+    ("--checkpointing", bool,     False,  False,  False,  "recompute activations in backward: less memory, slower"),
+    ("--log-every",     count,    None,   None,   None,   "steps between rows of log.csv (default: 100, or 20 rows)"),
+    ("--save-every",    positive, None,   None,   None,   "epochs between checkpoints (default: 1, or 500 steps)"),
+    ("--seed",          natural,  0,      0,      0,      "seed of the weights and of everything that is drawn"),
 ]
 # Arguments that may change between the runs in one folder: they shape no result, or only how long it is worked on.
 FREE = {"preset", "out", "data", "device", "workers", "compile", "checkpointing", "log_every", "save_every",
@@ -611,7 +614,7 @@ def make_parser(description, flags, argv):
     pre = argparse.ArgumentParser(add_help=False)
     pre.add_argument("--preset", default=PRESETS[0])
     preset = pre.parse_known_args(argv)[0].preset
-    parser = Parser(description=description.partition("\n\n")[0])
+    parser = Parser(description=description.partition("\n\n")[0], usage="%(prog)s [--flag VALUE ...]")
     parser.runs = Path("runs") / preset
     parser.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help="column of defaults; the first two are "
                         "the paper's (default: imagenet256)")
@@ -625,7 +628,7 @@ def make_parser(description, flags, argv):
             how = dict(type=kind[0], nargs=len(kind) if len(kind) > 1 else "+")
         elif kind is bool:
             how = dict(action="store_true")
-        elif kind is argparse.BooleanOptionalAction:
+        elif kind is BOTH:
             how = dict(action=kind)
         parser.add_argument(flag, default=default, help=(meaning + shown).replace("%", "%%"), **how)
     return parser

@@ -27,45 +27,32 @@ from tqdm import tqdm
 from decoder import image_grid, load_decoder, to_uint8
 from dit import denormalize, guided, load_dit, sample, sample_noise, shift_for
 from encoder import (RUN_FLAGS, Encoder, Images, center_crop, compile_blocks, count, fill_up, image_source, load_stats,
-                     make_loader, make_parser, nonnegative, number, one_line_refusals, open_image, pixel_statistics,
+                     make_loader, make_parser, amount, number, one_line_refusals, open_image, pixel_statistics,
                      set_up)
 
+SAMPLES = Path("samples.png")
 time = number(float, least=0, below=1 + 1e-9)
 FLAGS = [
-    # flag              type         imagenet256  imagenet512  demo           meaning
-    ("--dit",           str,         None,        None,        None,
-     "diffusion model, ours or published (default: runs/<preset>/dit/dit.pt)"),
-    ("--decoder",       str,         None,        None,        None,
-     "decoder, ours or published (default: runs/<preset>/decoder/decoder.pt)"),
-    ("--stats",         str,         None,        None,        None,
-     "latent statistics of a published diffusion model"),
-    ("--encoder",       str,         "dinov2-b",  "dinov2-b",  "random-tiny",
-     "encoder of published checkpoints; ours know theirs"),
-    ("--encoder-weights", str,       None,        None,        None,
-     "local file for --reconstruct, instead of the download"),
-    ("--classes",       [str],       None,        None,        None,
-     "classes to draw, by number or name (default: the model's first ten)"),
-    ("--per-class",     count,       None,        None,        None,
-     "images of each class (default: 4; demo: 10; with --trajectory: 1)"),
+    # flag             type      256 px  512 px  demo    meaning
+    ("--dit",           str,      None,   None,   None,   "diffusion model (default: runs/<preset>/dit/dit.pt)"),
+    ("--decoder",       str,      None,   None,   None,   "decoder (default: runs/<preset>/decoder/decoder.pt)"),
+    ("--stats",         str,      None,   None,   None,   "latent statistics of a published diffusion model"),
+    ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", "of published checkpoints; ours know theirs"),
+    ("--encoder-weights", str,    None,   None,   None,   "for --reconstruct: local file, instead of the download"),
+    ("--classes",       [str],    None,   None,   None,   "classes by number or name (default: the first ten)"),
+    ("--per-class",     count,    None,   None,   None,   "images of each class (default: 4; demo: 10; trajectory: 1)"),
     # not --num: torchrun takes that for an abbreviation of flags of its own
-    ("--num-samples",   count,       None,        None,        None,
-     "draw this many images instead, all classes in turn"),
-    ("--unconditional", bool,        False,       False,       False,         "draw without a class"),
-    ("--scale",         nonnegative, 1.0,         1.0,         2.0,
-     "guidance scale; 1: none; the paper's AutoGuidance: 1.42 at 256 px, 1.5 at 512 px"),
-    ("--guide",         str,         None,        None,        None,
-     "weaker diffusion model: AutoGuidance instead of classifier-free guidance"),
-    ("--interval",      [time, time], [0.0, 1.0], [0.0, 1.0],  [0.0, 1.0],
-     "lowest and highest time t that is guided"),
-    ("--steps",         count,       50,          50,          25,            "Euler steps"),
-    ("--trajectory",    bool,        False,       False,       False,
-     "draw each sample as a row of eight: the estimate x_t - t v, from t = 1 to the sample"),
-    ("--reconstruct",   str,         None,        None,        None,
-     "photo, or folder of images, to encode and decode instead of sampling"),
-    ("--out",           Path,        Path("samples.png"), Path("samples.png"), Path("samples.png"),
-     ".png: a grid, replaced where it exists; .npz: uint8 (n, H, W, 3)"),
-    ("--overwrite",     bool,        False,       False,       False,         "replace an npz that exists"),
-    ("--batch",         count,       32,          8,           100,           "images at a time in each process"),
+    ("--num-samples",   count,    None,   None,   None,   "draw this many images instead, all classes in turn"),
+    ("--unconditional", bool,     False,  False,  False,  "draw without a class"),
+    ("--scale",         amount,   1.0,    1.0,    2.0,    "guidance; 1: none; the paper: 1.42 (512 px: 1.5), --guide"),
+    ("--guide",         str,      None,   None,   None,   "weaker diffusion model: AutoGuidance instead of CFG"),
+    ("--interval",      [time, time], [0, 1], [0, 1], [0, 1], "lowest and highest time t that is guided"),
+    ("--steps",         count,    50,     50,     25,     "Euler steps"),
+    ("--trajectory",    bool,     False,  False,  False,  "eight estimates x_t - t v a sample, from t = 1 to 0"),
+    ("--reconstruct",   str,      None,   None,   None,   "photo or folder to encode and decode, instead of sampling"),
+    ("--out",           Path,     SAMPLES, SAMPLES, SAMPLES, ".png: a grid; .npz: uint8 (n, S, S, 3), for fid.py"),
+    ("--overwrite",     bool,     False,  False,  False,  "replace an npz that exists"),
+    ("--batch",         count,    32,     8,      100,    "images at a time in each process"),
 ]
 FLAGS += [row for row in RUN_FLAGS if row[0] in ("--seed", "--precision", "--compile", "--workers", "--device")]
 
@@ -120,7 +107,7 @@ def load_models(args):
         differ = [key for key in ("latent_dim", "grid", "num_classes") if guide.config[key] != model.config[key]]
         differ += ["encoder"] * (weak.get("encoder", {"name": encoder})["name"] != encoder)
         if differ:
-            raise ValueError(f"--guide {args.guide} has another {', '.join(differ)} than {args.dit}: choose one to match")
+            raise ValueError(f"--guide {args.guide} differs in {', '.join(differ)} from {args.dit}: choose another")
     elif args.scale != 1 and (args.unconditional or not model.num_classes or info.get("label_dropout") == 0):
         raise ValueError(f"--scale {args.scale:g}: no classifier-free guidance without classes, or for a model trained "
                          "without label dropout; give --scale 1, or a weaker model by --guide")

@@ -27,53 +27,40 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 
 from decoder import SIZES, Decoder, image_grid, load_decoder, patchify, to_uint8
-from encoder import (ENCODERS, FREE, RUN_FLAGS, Encoder, Images, Log, Plan, agree, center_crop, compile_blocks, count,
-                     describe, distribute, download, finish, image_source, make_ema, make_parser, nonnegative,
-                     one_line_refusals, pixel_statistics, positive, random_crop, resume, save_checkpoint, set_up,
-                     share, stop_by_signal, training_loader, weights_url)
+from encoder import (ENCODER_HELP, FREE, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop,
+                     compile_blocks, count, describe, distribute, download, finish, image_source, make_ema, make_parser,
+                     one_line_refusals, pixel_statistics, positive, random_crop, resume, save_checkpoint, set_up, share,
+                     stop_by_signal, training_loader, weights_url)
 from fid import LPIPS
 
 RECIPE = [
-    # flag            type         imagenet256  imagenet512  demo           meaning, and what the paper has
-    ("--data",        str,         None,        None,        "shapes",      "folder of images; or `shapes`"),
-    ("--size",        count,       256,         512,         32,            "image side in pixels, as decoded"),
-    ("--resize",      count,       None,        None,        32,
-     "shorter side before the random crop (default: 1.5 --size, as in the paper)"),
-    ("--encoder",     str,         "dinov2-b",  "dinov2-b",  "random-tiny",
-     f"{', '.join(ENCODERS)}, or a timm ViT by its name"),
-    ("--encoder-size", count,      None,        None,        None,
-     "image side that the encoder is built for (default: --size); 256 with --size 512: decoder upsampling"),
-    ("--encoder-weights", str,     None,        None,        None,          "local file, instead of the download"),
-    ("--model",       tuple(SIZES), "ViT-XL",   "ViT-XL",    "ViT-tiny",    "size of the decoder"),
-    ("--init",        str,         None,        None,        None,
-     "decoder.pt or published weights to start from"),
-    ("--tau",         nonnegative, 0.8,         0.8,         0.1,
-     "noise on the latents: sigma = tau |n|, n ~ N(0, 1) for each image; 0: none"),
-    ("--lpips",       nonnegative, 1.0,         1.0,         0.0,           "weight of the perceptual loss; 0: off"),
-    ("--gan",         nonnegative, 0.75,        0.75,        0.0,
-     "weight of the adversarial loss, times the adaptive weight; 0: off"),
-    ("--disc-start",  nonnegative, 6.0,         6.0,         1.0,
-     "epoch where the discriminator begins to train"),
-    ("--gan-start",   nonnegative, 8.0,         8.0,         1.5,
-     "epoch where the decoder begins to see its loss"),
-    ("--epochs",      positive,    16.0,        16.0,        3.0,
-     "length of training and of the cosine schedules"),
-    ("--batch",       count,       512,         512,         16,            "images in a step, over all processes"),
-    ("--micro-batch", count,       16,          4,           16,
-     "most images in a forward of one process; the defaults are for ViT-XL and 80 GB"),
-    ("--lr",          positive,    2e-4,        2e-4,        2e-3,
-     "learning rate of AdamW for decoder and discriminator, no weight decay"),
-    ("--lr-end",      nonnegative, 2e-5,        2e-5,        3e-5,          "learning rate at the end of the cosine"),
-    ("--warmup",      nonnegative, 1.0,         1.0,         0.2,           "epochs of linear warm-up of either model"),
-    ("--beta1",       share,       0.9,         0.9,         0.9,           "of AdamW; the paper: 0.5"),
-    ("--beta2",       share,       0.95,        0.95,        0.95,          "of AdamW; the paper: 0.9"),
-    ("--ema",         share,       0.9978,      0.9978,      0.99,          "decay of the weights' moving average"),
-    ("--preview-every", nonnegative, None,      None,        None,
-     "epochs between previews; 0: none (default: 1, but at least 500 steps)"),
-    ("--vgg-weights", str,         None,        None,        None,          "VGG16 of LPIPS, instead of the download"),
-    ("--lpips-weights", str,       None,        None,        None,          "heads of LPIPS, instead of the download"),
-    ("--dino-weights", str,        None,        None,        None,
-     "DINO ViT-S/8 of the discriminator, instead of the download"),
+    # flag             type      256 px  512 px  demo    meaning, and what the paper has
+    ("--data",          str,      None,   None,   "shapes", "folder of images; or `shapes`, drawn on the fly"),
+    ("--size",          count,    256,    512,    32,     "image side in pixels, as decoded"),
+    ("--resize",        count,    None,   None,   32,     "shorter side before the random crop (default: 1.5 --size)"),
+    ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", ENCODER_HELP),
+    ("--encoder-size",  count,    None,   None,   None,   "image side of the encoder; 256 with --size 512: upsampling"),
+    ("--encoder-weights", str,    None,   None,   None,   "local file, instead of the download"),
+    ("--model",         tuple(SIZES), "ViT-XL", "ViT-XL", "ViT-tiny", "size of the decoder"),
+    ("--init",          str,      None,   None,   None,   "decoder.pt or published weights to start from"),
+    ("--tau",           amount,   0.8,    0.8,    0.1,    "latents get noise of sigma = tau |n|, n ~ N(0, 1); 0: none"),
+    ("--lpips",         amount,   1.0,    1.0,    0.0,    "weight of the perceptual loss; 0: off"),
+    ("--gan",           amount,   0.75,   0.75,   0.0,    "weight of the GAN loss, times the adaptive weight; 0: off"),
+    ("--disc-start",    amount,   6.0,    6.0,    1.0,    "epoch where the discriminator begins to train"),
+    ("--gan-start",     amount,   8.0,    8.0,    1.5,    "epoch where the decoder begins to see its loss"),
+    ("--epochs",        positive, 16.0,   16.0,   3.0,    "length of training and of the cosine schedules"),
+    ("--batch",         count,    512,    512,    16,     "images in a step, over all processes"),
+    ("--micro-batch",   count,    16,     4,      16,     "most images in one forward; for ViT-XL and 80 GB"),
+    ("--lr",            positive, 2e-4,   2e-4,   2e-3,   "learning rate of both AdamWs, without weight decay"),
+    ("--lr-end",        amount,   2e-5,   2e-5,   3e-5,   "learning rate at the end of the cosine"),
+    ("--warmup",        amount,   1.0,    1.0,    0.2,    "epochs of linear warm-up of either model"),
+    ("--beta1",         share,    0.9,    0.9,    0.9,    "of AdamW; the paper: 0.5"),
+    ("--beta2",         share,    0.95,   0.95,   0.95,   "of AdamW; the paper: 0.9"),
+    ("--ema",           share,    0.9978, 0.9978, 0.99,   "decay of the weights' moving average"),
+    ("--preview-every", amount,   None,   None,   None,   "epochs between previews; 0: none (default: 1, 500 steps)"),
+    ("--vgg-weights",   str,      None,   None,   None,   "VGG16 of LPIPS: local file, instead of the download"),
+    ("--lpips-weights", str,      None,   None,   None,   "heads of LPIPS: local file, instead of the download"),
+    ("--dino-weights",  str,      None,   None,   None,   "DINO ViT-S/8 of the discriminator: local file, likewise"),
 ]
 FREE_HERE = FREE | {"vgg_weights", "lpips_weights", "dino_weights"}
 
@@ -238,7 +225,8 @@ def adaptive_weight(g_rec, g_gan, hidden, pixel_std):
     """
     hidden = hidden.detach().float().flatten(0, 1)  # (B N, D)
     patch = math.isqrt(g_rec[0, 0].numel() * len(g_rec) // len(hidden))
-    G = torch.stack([patchify(g.float() * pixel_std, patch).flatten(0, 1).T @ hidden for g in (g_rec, g_gan)])
+    with torch.autocast(hidden.device.type, enabled=False):  # the product stays in float32
+        G = torch.stack([patchify(g.float() * pixel_std, patch).flatten(0, 1).T @ hidden for g in (g_rec, g_gan)])
     if dist.is_initialized():  # (2, p p 3, D)
         dist.all_reduce(G)
         G /= dist.get_world_size()

@@ -479,6 +479,7 @@ def load_vit(vit, model, weights=None):
     family = timm.models.eva if isinstance(vit, timm.models.Eva) else timm.models.vision_transformer
     try:
         path = weights or download(url)
+        open(path, "rb").close()  # a missing file ends here; timm would also log it
         keys = timm.models.load_checkpoint(vit, path, strict=False, filter_fn=family.checkpoint_filter_fn)
         missing = [key for key in keys.missing_keys if not key.startswith(("norm.", "fc_norm.", "attn_pool."))]
         if missing or not all(value.isfinite().all() for value in vit.state_dict().values()):
@@ -546,49 +547,49 @@ def load_stats(path, shape):
 # =====================================================================================================================
 
 
-def number(kind, least=None, above=None, below=2**63):
-    """An argparse type: an int or float with least <= value or above < value, and value < below."""
+def number(kind, low, above=False, below=2**63):
+    """An argparse type: an int or float of at least `low`, or above it, and below `below`."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if not value < below or (least is not None and not value >= least) or (above is not None and not value > above):
-            what = "an integer" if kind is int else "a number"
-            bound = f"above {above}" if least is None else f"of at least {least}"
-            end = "" if below == 2**63 else f" and below {below}"
-            raise argparse.ArgumentTypeError(f"{text} is not {what} {bound}{end}")
+            value = math.nan  # it fails every comparison
+        if not (value > low if above else value >= low) or not value < below:
+            bound = f"{'above' if above else 'of at least'} {low}" + f" and below {below}" * (below < 2**63)
+            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} {bound}")
         return value
 
     return parse
 
 
-natural, count = number(int, least=0), number(int, least=1)
-amount, positive = number(float, least=0), number(float, above=0)
-share = number(float, least=0, below=1)
+natural, count = number(int, 0), number(int, 1)
+amount, positive, share = number(float, 0), number(float, 0, above=True), number(float, 0, below=1)
 
 # A row for each flag: its type, its default in each preset, its meaning. A tuple lists the choices, a list is the types
 # of several values, bool is a switch.
 PRESETS = ("imagenet256", "imagenet512", "demo")
 ENCODER_HELP = f"{', '.join(ENCODERS)}, or a timm ViT"
 PRECISION = ("float32", "tf32", "bf16")
-BOTH = argparse.BooleanOptionalAction  # --compile and --no-compile
+ON_OFF = argparse.BooleanOptionalAction  # --compile and --no-compile
 RUN_FLAGS = [
     # flag             type      256 px  512 px  demo    meaning
-    ("--out",           Path,     None,   None,   None,   "folder for all that is written (default: runs/<preset>/)"),
+    ("--out",           str,      None,   None,   None,   "folder for all that is written (default: runs/<preset>/)"),
     ("--device",        ("cuda", "cpu"), None, None, None, "device (default: cuda where there is one)"),
     ("--workers",       natural,  None,   None,   None,   "loader processes for each GPU (default: by the cores)"),
     ("--precision",     PRECISION, "tf32", "tf32", "tf32", "precision of matrix products; on a CPU tf32 is float32"),
-    ("--compile",       BOTH,     None,   None,   None,   "torch.compile (default: on CUDA)"),
+    ("--compile",       ON_OFF,   None,   None,   None,   "torch.compile (default: on CUDA)"),
     ("--checkpointing", bool,     False,  False,  False,  "recompute activations in backward: less memory, slower"),
     ("--log-every",     count,    None,   None,   None,   "steps between rows of log.csv (default: 100, or 20 rows)"),
     ("--save-every",    positive, None,   None,   None,   "epochs between checkpoints (default: 1, or 500 steps)"),
     ("--seed",          natural,  0,      0,      0,      "seed of the weights and of everything that is drawn"),
 ]
-# Arguments that may change between the runs in one folder: they shape no result, or only how long it is worked on.
-FREE = {"preset", "out", "data", "device", "workers", "compile", "checkpointing", "log_every", "save_every",
-        "preview_every", "epochs", "micro_batch", "encoder_weights"}
+# Arguments of either trainer that may change when a run goes on in its folder: they do not shape its result, or only how
+# long it is worked on.
+MAY_CHANGE = {"preset", "out", "data", "device", "workers", "compile", "checkpointing", "log_every", "save_every",
+              "preview_every", "epochs", "micro_batch", "encoder_weights", "vgg_weights", "lpips_weights",
+              "dino_weights", "allow_narrow", "decoder", "keep_every", "fid_every", "fid_reference", "fid_num",
+              "inception_weights", "rank", "world_size"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -601,8 +602,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            if str(value) == "" and value is not None:  # as from a variable that the shell does not know
+            if value == "":  # as from a variable that the shell does not know
                 self.error(f"--{name.replace('_', '-')} is empty: give a value or leave the flag out")
+        args.out = args.out and Path(args.out)
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if args.device == "cuda" and not torch.cuda.is_available():
             self.error("--device cuda: PyTorch finds no GPU here, use --device cpu")
@@ -611,7 +613,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description, flags, argv):
     """A parser with a flag for each row of the table `flags`, and --preset, which picks the column of defaults."""
-    pre = argparse.ArgumentParser(add_help=False)
+    pre = Parser(add_help=False)
     pre.add_argument("--preset", default=PRESETS[0])
     preset = pre.parse_known_args(argv)[0].preset
     parser = Parser(description=description.partition("\n\n")[0], usage="%(prog)s [--flag VALUE ...]")
@@ -628,7 +630,7 @@ def make_parser(description, flags, argv):
             how = dict(type=kind[0], nargs=len(kind) if len(kind) > 1 else "+")
         elif kind is bool:
             how = dict(action="store_true")
-        elif kind is BOTH:
+        elif kind is ON_OFF:
             how = dict(action=kind)
         parser.add_argument(flag, default=default, help=(meaning + shown).replace("%", "%%"), **how)
     return parser
@@ -755,14 +757,16 @@ def describe(source):
     return f"{source.root}: {len(source)} images, {len(source.classes)} classes ({names}{more})"
 
 
-def resume(args, free, kind, result, **data):
+def resume(args, kind, result, **data):
     """What a run goes on from -> (last.pt of the folder --out or None, the record for its next last.pt, first step).
 
-    free: arguments that may change; kind: the script; result: the name of its other checkpoint; data: what identifies
+    kind: the script; result: the name of its other checkpoint; data: what identifies
     the images. Raises ValueError, naming what differs, for a folder that holds another run, and for a damaged last.pt.
     """
-    recorded = {key: value for key, value in vars(args).items() if key not in free | {"rank", "world_size"}} | data
+    recorded = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE} | data
     path, last, start = args.out / "last.pt", None, 0
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file: choose a folder")
     if path.exists():
         try:
             last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

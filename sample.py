@@ -27,11 +27,10 @@ from tqdm import tqdm
 from decoder import image_grid, load_decoder, to_uint8
 from dit import denormalize, guided, load_dit, sample, sample_noise, shift_for
 from encoder import (RUN_FLAGS, Encoder, Images, center_crop, compile_blocks, count, fill_up, image_source, load_stats,
-                     make_loader, make_parser, amount, number, one_line_refusals, open_image, pixel_statistics,
+                     make_loader, make_parser, amount, one_line_refusals, open_image, pixel_statistics,
                      set_up)
 
-SAMPLES = Path("samples.png")
-time = number(float, least=0, below=1 + 1e-9)
+SAMPLES = "samples.png"
 FLAGS = [
     # flag             type      256 px  512 px  demo    meaning
     ("--dit",           str,      None,   None,   None,   "diffusion model (default: runs/<preset>/dit/dit.pt)"),
@@ -46,11 +45,11 @@ FLAGS = [
     ("--unconditional", bool,     False,  False,  False,  "draw without a class"),
     ("--scale",         amount,   1.0,    1.0,    2.0,    "guidance; 1: none; the paper: 1.42 (512 px: 1.5), --guide"),
     ("--guide",         str,      None,   None,   None,   "weaker diffusion model: AutoGuidance instead of CFG"),
-    ("--interval",      [time, time], [0, 1], [0, 1], [0, 1], "lowest and highest time t that is guided"),
+    ("--interval",      [amount, amount], [0, 1], [0, 1], [0, 1], "lowest and highest time t that is guided"),
     ("--steps",         count,    50,     50,     25,     "Euler steps"),
     ("--trajectory",    bool,     False,  False,  False,  "eight estimates x_t - t v a sample, from t = 1 to 0"),
     ("--reconstruct",   str,      None,   None,   None,   "photo or folder to encode and decode, instead of sampling"),
-    ("--out",           Path,     SAMPLES, SAMPLES, SAMPLES, ".png: a grid; .npz: uint8 (n, S, S, 3), for fid.py"),
+    ("--out",           str,      SAMPLES, SAMPLES, SAMPLES, ".png: a grid; .npz: uint8 (n, S, S, 3), for fid.py"),
     ("--overwrite",     bool,     False,  False,  False,  "replace an npz that exists"),
     ("--batch",         count,    32,     8,      100,    "images at a time in each process"),
 ]
@@ -62,13 +61,13 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     args.dit = args.dit or parser.runs / "dit" / "dit.pt"
     args.decoder = args.decoder or parser.runs / "decoder" / "decoder.pt"
-    if args.interval[0] > args.interval[1]:
-        parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give LOW <= HIGH")
+    if not args.interval[0] <= args.interval[1] <= 1:
+        parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give LOW <= HIGH <= 1")
     if args.num_samples and (args.classes or args.per_class):
         parser.error("--num-samples draws all classes in turn: leave --classes and --per-class out")
     if args.trajectory and (args.steps < 8 or args.reconstruct):
         parser.error(f"--trajectory needs sampling in at least 8 steps, not --steps {args.steps} or --reconstruct")
-    if args.out.suffix not in (".png", ".npz"):
+    if args.out.suffix not in (".png", ".npz") or args.out.is_dir():
         parser.error(f"--out {args.out}: give a .png or an .npz")
     if args.out.suffix == ".npz" and args.out.exists() and not args.overwrite:
         parser.error(f"--out {args.out} exists: give --overwrite to replace it, or another name")

@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 
 from decoder import SIZES, Decoder, image_grid, load_decoder, patchify, to_uint8
-from encoder import (ENCODER_HELP, FREE, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop,
+from encoder import (ENCODER_HELP, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop,
                      compile_blocks, count, describe, distribute, download, finish, image_source, make_ema, make_parser,
                      one_line_refusals, pixel_statistics, positive, random_crop, resume, save_checkpoint, set_up, share,
                      stop_by_signal, training_loader, weights_url)
@@ -62,7 +62,6 @@ RECIPE = [
     ("--lpips-weights", str,      None,   None,   None,   "heads of LPIPS: local file, instead of the download"),
     ("--dino-weights",  str,      None,   None,   None,   "DINO ViT-S/8 of the discriminator: local file, likewise"),
 ]
-FREE_HERE = FREE | {"vgg_weights", "lpips_weights", "dino_weights"}
 
 
 def parse_args(argv):
@@ -98,7 +97,9 @@ def load_dino(weights=None, num_heads=None):
     """
     url = weights_url(timm.get_pretrained_cfg(DINO).to_dict())
     try:
-        state = timm.models.load_state_dict(weights or download(url), weights_only=True)
+        path = weights or download(url)
+        open(path, "rb").close()  # a missing file ends here; timm would also log it
+        state = timm.models.load_state_dict(path, weights_only=True)
         D, _, patch, _ = state["patch_embed.proj.weight"].shape
         size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch  # one position is the class token's
         depth = sum(key.endswith("norm1.weight") for key in state)
@@ -310,8 +311,7 @@ def train(args):
     say = functools.partial(print, flush=True) if args.rank == 0 else (lambda _: None)
     source = image_source(args.data, args.size)
     plan = Plan(args, len(source))
-    last, recorded, start = resume(args, FREE_HERE, "train_decoder", "decoder.pt",
-                                   images=len(source), classes=source.classes)
+    last, recorded, start = resume(args, "train_decoder", "decoder.pt", images=len(source), classes=source.classes)
     if start >= plan.total:
         say(f"finished: {args.out}/decoder.pt has its {start / plan.steps_per_epoch:g} epochs; a larger --epochs "
             "goes on, at the rates of its own, longer cosine")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from decoder import image_grid, load_decoder, to_uint8
 from dit import (SIZES, DiT, denormalize, flow_matching_loss, guided, load_dit, normalize, sample, sample_noise,
                  shift_for, time_shift)
-from encoder import (ENCODER_HELP, FREE, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop_flip,
+from encoder import (ENCODER_HELP, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop_flip,
                      compile_blocks, count, describe, distribute, finish, image_source, latent_statistics, load_stats,
                      make_ema, make_loader, make_parser, one_line_refusals, pixel_statistics, positive, random_key,
                      resume, save_checkpoint, set_up, share, stop_by_signal, training_loader)
@@ -34,8 +34,8 @@ from fid import FeatureStatistics, frechet_distance, load_inception, load_statis
 
 def decay_point(text):
     """An argparse type: epochs, `inf`, or a share of --epochs such as 33%. It stays a string."""
-    if not float(text.removesuffix("%")) >= 0:
-        raise ValueError
+    if text != "inf":
+        amount(text.removesuffix("%"))
     return text
 
 
@@ -73,8 +73,6 @@ RECIPE = [
     ("--inception-weights", str,  None,   None,   None,   "local file, instead of the download"),
 ]
 PLAIN_DIT = dict(decay_start="inf", decay_end="inf", clip=0.0, ema=0.9999)  # the paper's recipe without the DDT head
-FREE_HERE = FREE | {"allow_narrow", "decoder", "keep_every", "fid_every", "fid_reference", "fid_num",
-                    "inception_weights"}
 
 
 def parse_args(argv):
@@ -92,8 +90,10 @@ def parse_args(argv):
     args.decoder = args.decoder or (str(default) if default.exists() else None)
     if bool(args.fid_every) != bool(args.fid_reference):
         parser.error("--fid-every EPOCHS and --fid-reference NPZ need each other")
-    if args.fid_every and (not args.decoder or args.fid_num < 2):
-        parser.error(f"--fid-every needs a --decoder (there is no {default}), and --fid-num {args.fid_num} at least 2")
+    if args.fid_every and not args.decoder:
+        parser.error(f"--fid-every needs a --decoder: there is no {default}")
+    if args.fid_num < 2:
+        parser.error(f"--fid-num {args.fid_num}: a covariance needs at least 2 images")
     return parser, args
 
 
@@ -211,7 +211,7 @@ def train(args):
     say = functools.partial(print, flush=True) if args.rank == 0 else (lambda _: None)
     source = image_source(args.data, args.size)
     plan = Plan(args, len(source))
-    last, recorded, start = resume(args, FREE_HERE, "train_dit", "dit.pt", images=len(source), classes=source.classes)
+    last, recorded, start = resume(args, "train_dit", "dit.pt", images=len(source), classes=source.classes)
     if start >= plan.total:
         say(f"finished: {args.out}/dit.pt has its {start / plan.steps_per_epoch:g} epochs; a larger --epochs goes on")
         return
@@ -229,7 +229,7 @@ def train(args):
     stats = before.get("stats")  # of --init's own images: its weights know latents that are normalised by these
     if args.stats and not last:
         stats = load_stats(args.stats, shape)
-    if before and not stats:
+    if args.init and not stats:
         raise ValueError(f"--init {args.init} has no latent statistics with it: give them with --stats")
     decoder = load_preview_decoder(args, encoder)
     if args.fid_every:

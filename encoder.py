@@ -584,8 +584,7 @@ RUN_FLAGS = [
     ("--save-every",    positive, None,   None,   None,   "epochs between checkpoints (default: 1, or 500 steps)"),
     ("--seed",          natural,  0,      0,      0,      "seed of the weights and of everything that is drawn"),
 ]
-# Arguments of either trainer that may change when a run goes on in its folder: they do not shape its result, or only how
-# long it is worked on.
+# Arguments of the trainers that may change when a run goes on in its folder: they don't shape its result.
 MAY_CHANGE = {"preset", "out", "data", "device", "workers", "compile", "checkpointing", "log_every", "save_every",
               "preview_every", "epochs", "micro_batch", "encoder_weights", "vgg_weights", "lpips_weights",
               "dino_weights", "allow_narrow", "decoder", "keep_every", "fid_every", "fid_reference", "fid_num",
@@ -760,8 +759,8 @@ def describe(source):
 def resume(args, kind, result, **data):
     """What a run goes on from -> (last.pt of the folder --out or None, the record for its next last.pt, first step).
 
-    kind: the script; result: the name of its other checkpoint; data: what identifies
-    the images. Raises ValueError, naming what differs, for a folder that holds another run, and for a damaged last.pt.
+    kind: the script; result: the name of its other checkpoint; data: what identifies the images.
+    Raises ValueError for a folder that holds another run, naming what differs, and for a damaged last.pt.
     """
     recorded = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE} | data
     path, last, start = args.out / "last.pt", None, 0

@@ -6,9 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub fails at once instead of waiting
+NO_DOWNLOADS = tempfile.TemporaryDirectory(prefix="torch-home-")  # goes when the tests end
+# A test that asks for a download fails at once instead of waiting, and finds nothing downloaded before.
+os.environ |= {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "TORCH_HOME": NO_DOWNLOADS.name}
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other would cost more
 
 
@@ -196,3 +200,36 @@ def wait_for(condition, *processes, limit=150):
         if ended or time.time() > end:
             raise AssertionError([process.kill() or process.communicate()[0][-3000:] for process in processes])
         time.sleep(0.02)
+
+
+def adaptive_weight_step(file, rank=0, ranks=1, prepare=lambda model: model):
+    """A decoder's backward on a golden file of the adaptive weight -> ({name: ours}, {name: recorded}).
+
+    prepare(model) returns what is called in the model's place. Over several processes each has an equal part of the
+    images, of which there are then `ranks` of each, so that the recorded means stay.
+    """
+    import train_decoder
+    from decoder import Decoder, from_published
+
+    arrays, config, states = read_golden(file)
+    arguments, state = from_published(states["state"])
+    model = Decoder(**arguments | dict(heads=config["heads"], mean=config["pixel_mean"], std=config["pixel_std"]))
+    model.load_state_dict(state)
+    z, target, score = (arrays[key].repeat_interleave(ranks, 0).chunk(ranks)[rank] for key in ("z", "target", "score"))
+    still = torch.full((len(z), 5), 0.5)  # draws of diffaug that leave the images as they are
+    weigh = train_decoder.adaptive_weight
+    with mock.patch.object(train_decoder, "adaptive_weight", wraps=weigh) as watched:
+        fake, hidden = prepare(model)(z, return_hidden=True)
+        gradient, losses = train_decoder.decoder_losses(
+            fake, target, discriminator=lambda images: torch.tanh(images) * score, gan_weight=config["gan"],
+            augment=still, hidden=hidden, pixel_std=model.std)
+    fake.backward(gradient)
+    g_rec, g_gan = watched.call_args.args[:2]
+    # Without a GAN gradient the weight is the reconstruction's norm over 1e-6; the factor keeps it below its bound.
+    rec, gan = (1e-3 * weigh(1e-3 * g, torch.zeros_like(g), hidden, model.std) for g in (g_rec, g_gan))
+    ours = dict(weight=losses["gan_weight"], rec_norm=rec, gan_norm=gan)
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    gradients = published_decoder(model)
+    recorded = {key: arrays[key] for key in ours} | states["grad"]
+    return ours | {key: gradients[key] for key in states["grad"]}, recorded

@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_losses import save_tiny_dino
-
 import decoder as decoders
 import dit
-import encoder as encoders
+
+if __name__ != "__mp_main__":  # the runs, which import this file too, need nothing of it
+    from conftest import flat, make_images, save_tiny_dino
 
 TESTS = Path(__file__).resolve().parent
 # Runs are forked from a process that has imported the scripts: that takes seconds, which each run would need again.
@@ -45,18 +45,15 @@ def prepare(folder, steps):
 
     A checkpoint and a row of the log in every step; two loader processes; the discriminator is at work from step 2 on.
     """
-    shapes = encoders.Shapes(IMAGES, 32)
-    for i in range(IMAGES):
-        (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        shapes.open(i)[0].save(folder / "images" / "ab"[i % 2] / f"{i}.png")
+    make_images(folder / "images", IMAGES, classes="ab")
     save_tiny_dino(folder / "dino.pt")
     flags = {}
     for script, batch in BATCH.items():
         flags[script] = ["--preset", "demo", "--data", folder / "images", "--batch", batch, "--micro-batch", batch,
                          "--epochs", steps * batch / IMAGES, "--save-every", batch / IMAGES, "--log-every", 1,
-                         "--workers", 2, "--device", "cpu"]  # fmt: skip
+                         "--workers", 2, "--device", "cpu"]
     flags["train_decoder"] += ["--size", 16, "--gan", 0.75, "--disc-start", 0.4, "--gan-start", 0.8, "--dino-weights",
-                               folder / "dino.pt", "--preview-every", 1]  # fmt: skip
+                               folder / "dino.pt", "--preview-every", 1]
     flags["train_dit"] += ["--stats-images", 16, "--keep-every", 2, "--preview-every", 0]
     return {script: [str(flag) for flag in argv] for script, argv in flags.items()}
 
@@ -65,9 +62,10 @@ def prepare(folder, steps):
 # A run in a process of its own
 
 
-def script_main(script, argv, terminal, alive):
+def script_main(script, argv, terminal, alive, environment):
     """What the process does: the script's main(), its terminal a file. It and its loader's processes hold `alive`."""
     os.setsid()  # a process group, as the shell gives to a command
+    os.environ.update(environment)
     with open(terminal, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -85,11 +83,12 @@ def start_server():
     os.environ.update(environment)
 
 
-def start(script, argv, out):
+def start(script, argv, out, **environment):
     """The running process, and a connection that ends when it and all of its children are gone."""
     start_server()
     gone, alive = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=script_main, args=(script, [*argv, "--out", str(out)], f"{out}.txt", alive))
+    argv = [*map(str, argv), "--out", str(out)]
+    process = PROCESSES.Process(target=script_main, args=(script, argv, f"{out}.txt", alive, environment))
     process.start()
     alive.close()
     return process, gone
@@ -139,21 +138,13 @@ def damage(script, out):
     return problems
 
 
-def leaves(value, prefix=""):
-    """A nested dictionary or list as {path: value}."""
-    if not isinstance(value, (dict, list)):
-        return {prefix: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for name, inner in items for key, leaf in leaves(inner, f"{prefix}/{name}").items()}
-
-
 def read(path):
     """The content of a file of a run, without what depends on the time of day."""
     if path.suffix == ".pt":
-        return leaves(torch.load(path, weights_only=True))
+        return flat(torch.load(path, weights_only=True))
     if path.suffix == ".csv":
         with open(path) as file:
-            return leaves([{key: row[key] for key in row if key not in TIMING} for row in csv.DictReader(file)])
+            return flat([{key: row[key] for key in row if key not in TIMING} for row in csv.DictReader(file)])
     return {"bytes": path.read_bytes()}
 
 

@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_2d(grid, d, theta=10000.0):
-    """Cosines and sines (2, N, d/2) of the rotary positions on a grid x grid image, one angle for each channel pair.
+    """Rotary positions of a grid x grid image: cosines and sines (2, N, d/2) of one angle for each pair of channels.
 
     The first half of the pairs turns with the row, the second half with the column.
     """
@@ -68,9 +68,9 @@ def rotate(x, rope):
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for q, k, v (B, heads, N, d) -> (B, heads, N, d).
 
-    The fused kernel serves bfloat16 on CUDA and float32 on the CPU. Elsewhere it is slower than the plain form: for
-    float32 on CUDA only the memory-efficient kernel applies, and it multiplies by three TF32 products; for bfloat16 on
-    the CPU it is several times slower. The plain form scales q, not q k^T: Inductor would make that the fused kernel.
+    The fused kernel is the faster one in bfloat16 on CUDA and in float32 on the CPU. In float32 on CUDA only its
+    memory-efficient form applies, at three TF32 products for one; in bfloat16 on the CPU it is several times slower.
+    The plain form scales q first: Inductor turns a scaled q k^T back into the fused kernel.
     """
     if (q.device.type, q.dtype) in [("cuda", torch.bfloat16), ("cpu", torch.float32)]:
         return F.scaled_dot_product_attention(q, k, v)
@@ -265,7 +265,7 @@ class DiT(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flow matching, in the order of a training step, and sampling. Training draws t = sigmoid(n), n ~ N(0, 1), for each
-# image from the image's own key (`draw` in train_dit.py) and then shifts it (section 4).
+# image by itself (`draw` in train_dit.py, seeded by the image's key) and then shifts it (section 4).
 
 
 def normalize(z, stats):

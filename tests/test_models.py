@@ -162,9 +162,8 @@ def test_activation_checkpointing_changes_nothing_but_recomputes(kind):
     for ours, plain in zip(gradients(model, *inputs), expected, strict=True):
         assert torch.equal(ours, plain)
     assert len(calls) == 3 * len(model.blocks)
-    with torch.no_grad():
-        model.eval()(*inputs)
-    assert len(calls) == 4 * len(model.blocks)
+    model.eval()(*inputs).sum().backward()
+    assert len(calls) == 4 * len(model.blocks), "only in training"
 
 
 @torch.no_grad()
@@ -300,7 +299,7 @@ def test_time_shift():
     assert shift_for((768, 32, 32)) == pytest.approx(13.86, abs=0.005)
     assert shift_for((8, 4, 4)) == 1 and shift_for((8, 4, 4), base=32) == 2
     t = torch.linspace(0, 1, 1001)
-    for a in (1.0, 2.0, 6.928203, 13.856406):
+    for a in (1.0, 2.0, shift_for((384, 8, 8)), shift_for((768, 16, 16))):  # of the third, float32 makes more than 1
         shifted = time_shift(t, a)
         assert shifted[0] == 0 and shifted[-1] == 1 and (shifted <= 1).all()
         assert (shifted.diff() > 0).all() and (shifted >= t - 1e-6).all(), "towards noise"
@@ -350,11 +349,11 @@ def test_the_weak_model_is_asked_only_where_it_counts():
         (2.0, None, 0.5, [("model", 2, [3, 4]), ("model", 2, [9, 9])]),
         (2.0, weak, 0.9, [("model", 2, [3, 4])]),
         (2.0, weak, 0.1, [("model", 2, [3, 4])]),
-        (2.0, weak, 0.7, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # the interval is closed, also where
-        (2.0, weak, 0.3, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # its ends are not float32 numbers
+        (2.0, weak, 0.8, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # the interval is closed, also where
+        (2.0, weak, 0.35, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # its ends are not float32 numbers
     ]:
         asked.clear()
-        v = guided(model, y, scale, guide, interval=(0.3, 0.7))(x, torch.tensor(t))
+        v = guided(model, y, scale, guide, interval=(0.35, 0.8))(x, torch.tensor(t))
         assert asked == expected
         assert v.flatten().tolist() == ([2, 2] if len(expected) == 2 and guide else [1, 1])
 
@@ -377,7 +376,8 @@ def test_noise_of_a_sample_depends_on_seed_and_index_alone():
     noise = sample_noise(3, [5, 0, 7], (2, 4, 4))
     assert noise.shape == (3, 2, 4, 4) and noise.dtype == torch.float32
     assert torch.equal(sample_noise(3, [7], (2, 4, 4))[0], noise[2])
-    assert not torch.equal(sample_noise(4, [7], (2, 4, 4))[0], noise[2])
+    for seed, index in [(4, 7), (4, 6), (7, 3)]:
+        assert not torch.equal(sample_noise(seed, [index], (2, 4, 4))[0], noise[2])
     many = sample_noise(0, range(500), (4, 4, 4))
     assert many.mean().item() == pytest.approx(0, abs=0.02) and many.std().item() == pytest.approx(1, abs=0.02)
 

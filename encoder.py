@@ -356,7 +356,11 @@ ENCODERS = {  # name -> timm model. Channels C, published rFID-50k of ViT-XL dec
 def timm_name(name):
     """A name of ENCODERS or timm's own name of a model -> timm's name. Raises ValueError where timm has none."""
     model = ENCODERS.get(name, name)
-    if not timm.is_model(model.partition(".")[0]) or timm.get_pretrained_cfg(model) is None:
+    try:
+        known = timm.is_model(model.partition(".")[0]) and timm.get_pretrained_cfg(model) is not None
+    except RuntimeError:  # a tag, behind the dot, that timm does not know
+        known = False
+    if not known:
         raise ValueError(f"unknown encoder {name}: give one of {', '.join(ENCODERS)}, or a timm ViT by its name")
     return model
 
@@ -556,7 +560,7 @@ def number(kind, low, above=False, below=2**63):
         except ValueError:
             value = math.nan  # it fails every comparison
         if not (value > low if above else value >= low) or not value < below:
-            bound = f"{'above' if above else 'of at least'} {low}" + f" and below {below}" * (below < 2**63)
+            bound = f"{'above' if above else 'of at least'} {low}" + f" and below {below}" * (below < 2**63 or value >= below)
             raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} {bound}")
         return value
 

@@ -4,28 +4,30 @@
     python fid.py imagenet/val recon.npz --paired                   # rFID, PSNR, SSIM, LPIPS
     python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz --features fd-dinov2
     python fid.py imagenet/val --save-stats val256.npz              # a reference for later runs
-    torchrun --nproc_per_node=gpu fid.py REFERENCE SAMPLES --json scores.json
 
-Each side is a folder of images (ADM's centre crop to --size), an npz of uint8 images (arr_0, N x H x W x 3), an npz of
-statistics (mu, sigma, mu_s, sigma_s) or an npz with both, whose statistics FID and sFID then use. Published gFIDs have
-the ADM release's VIRTUAL_*.npz as REFERENCE, published rFIDs the 50,000 ImageNet validation images.
+Each set is a folder of images (ADM's centre crop), an npz of uint8 images (arr_0, N x H x W x 3), an npz of statistics
+(mu, sigma, mu_s, sigma_s) or an npz with both, whose statistics FID and sFID then use. A score whose inputs are missing
+is left out. Published gFIDs have the ADM release's VIRTUAL_*.npz as REFERENCE, published rFIDs the 50,000 ImageNet
+validation images. The Frechet distance of few images is biased: compare numbers of equally many.
 
-Networks run in float32 without TF32; statistics and distances are float64. Neither the batch size nor the number of
-processes matters, up to float rounding. Precision and recall differ from the TensorFlow suite's by about 0.002, because
-that takes distances in float16. Letters: B batch, C channels, H x W pixels or grid, D feature dimension, N, M images.
+Networks run in float32 without TF32; statistics and distances are float64. The batch size changes nothing but float
+rounding. Precision and recall differ from the TensorFlow suite's by about 0.002, because it takes distances in float16.
+Folders and encoder features need encoder.py beside this file. The rest works alone.
+
+Notation: B batch, C channels, H x W pixels or grid, D feature dimension, N, M images.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import os
-import sys
-import time
+import urllib.request
 import zipfile
 
 import numpy as np
 import timm
-import timm.utils
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,29 +36,37 @@ from tqdm import tqdm
 
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
+TIMM = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/timm/{}/resolve/main/model.safetensors"
 
 
-def load_weights(module, source, path, flag, prefix=""):
-    """Fill the module from the file `path` (.pth, .safetensors), or from `source`, a URL or timm name, downloaded once.
+def download(url):
+    """Path of the file at a URL in torch's hub folder (TORCH_HOME), downloaded once. Raises OSError at once offline.
 
-    Raises ValueError, in one line that says what to fetch and which flag takes it.
+    timm's own download asks several times for 45 seconds before it says that there is no network.
     """
-    url = source if source.startswith("https:") else f"model.safetensors of https://huggingface.co/timm/{source}"
+    name = "_".join(part for part in url.split("/")[3:] if part not in ("resolve", "main"))
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        urllib.request.urlopen(url, timeout=10).close()  # torch.hub would wait for ever for a host that is silent
+        torch.hub.download_url_to_file(url, path)
+    return path
+
+
+def load_weights(module, url, path, flag, prefix=""):
+    """Fill the module from the file `path` (.pth, .safetensors), or from the URL, downloaded once, where path is None.
+
+    The file's keys are the module's behind `prefix`; it may hold others. Raises ValueError in one line, that names the
+    file to fetch and the flag that takes it.
+    """
     try:
-        if path is not None:
-            with open(path, "rb"):  # a missing file ends here; timm would also log it
-                state = timm.models.load_state_dict(path, weights_only=True)
-        elif source.startswith("https:"):
-            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        else:
-            state = timm.create_model(source, pretrained=True).state_dict()
-    except Exception as error:  # the download clients and unpicklers raise many kinds
-        problem = "cannot be downloaded" if path is None else f"cannot be read from {path}"
-        raise ValueError(f"weights {problem} ({type(error).__name__}): fetch {url} and pass it with {flag}") from error
-    try:
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    except RuntimeError as error:
-        raise ValueError(f"{path or url} does not fit: {' '.join(str(error).split())[:150]}... Check {flag}") from error
+        file = download(url) if path is None else path
+        open(file, "rb").close()  # a missing file ends here; timm would also log it
+        state = timm.models.load_state_dict(file, weights_only=True)
+        module.load_state_dict({key: state[prefix + key] for key in module.state_dict()})
+    except Exception as error:  # download clients and unpicklers raise many kinds
+        problem = f"cannot load {path or 'weights'} ({type(error).__name__})"
+        raise ValueError(f"{problem}: fetch {url} and pass it with {flag}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,103 +85,35 @@ def resize_tensorflow1(x, size):
     return x
 
 
-def conv(inputs, outputs, kernel, stride=1, padding=0):
-    layers = nn.Sequential()
-    layers.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-    layers.bn = nn.BatchNorm2d(outputs, eps=1e-3)
-    layers.relu = nn.ReLU(inplace=True)
-    return layers
+def pool_anew(block, inputs, output, pool):
+    """Forward hook for timm's blocks: their last channels, of the pooling branch, again with another pool before it."""
+    pooled = block.branch_pool(pool(inputs[0], 3, 1, 1))
+    return torch.cat([output[:, : -pooled.shape[1]], pooled], 1)
 
 
-class Mixed(nn.Module):
-    """Chains of convolutions and a pooling branch, side by side, concatenated over channels in that order.
-
-    chains: name -> [(channels, kernel), ...]; a step with two kernels applies both to the same input. pool: "avg" or
-    "max" at stride 1 and a 1x1 convolution to pool_channels; "stride" halves the grid, here and in each chain's end.
-    """
-
-    def __init__(self, inputs, pool, pool_channels, **chains):
-        super().__init__()
-        self.pool, self.chains = pool, []
-        for name, chain in chains.items():
-            channels, steps = inputs, []
-            for i, (outputs, *kernels) in enumerate(chain, 1):
-                step = f"{name}_{i}" if len(chain) > 1 else name
-                steps.append([step + letter for letter in ("ab" if len(kernels) > 1 else [""])])
-                stride = 2 if pool == "stride" and i == len(chain) else 1
-                for key, kernel in zip(steps[-1], kernels, strict=True):
-                    self.add_module(key, conv(channels, outputs, kernel, stride, "same" if stride == 1 else 0))
-                channels = outputs * len(kernels)
-            self.chains.append(steps)
-        if pool_channels:
-            self.branch_pool = conv(inputs, pool_channels, 1)
-
-    def forward(self, x):  # (B, C, H, W) -> (B, C', H', W')
-        outputs = []
-        for steps in self.chains:
-            y = x
-            for keys in steps:
-                y = torch.cat([self.get_submodule(key)(y) for key in keys], 1)
-            outputs.append(y)
-        if self.pool == "stride":
-            outputs.append(F.max_pool2d(x, 3, 2))
-        elif self.pool == "max":
-            outputs.append(self.branch_pool(F.max_pool2d(x, 3, 1, 1)))
-        else:
-            outputs.append(self.branch_pool(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)))
-        return torch.cat(outputs, 1)
-
-
-def mixed_5(inputs, pool_channels):
-    chains = dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
-    return Mixed(inputs, "avg", pool_channels, **chains)
-
-
-def mixed_6(width):
-    wide, tall = (1, 7), (7, 1)
-    chain = [(width, 1), (width, wide), (192, tall)]
-    double = [(width, 1), (width, tall), (width, wide), (width, tall), (192, wide)]
-    return Mixed(768, "avg", 192, branch1x1=[(192, 1)], branch7x7=chain, branch7x7dbl=double)
-
-
-def mixed_7(inputs, pool):
-    fork = (384, (1, 3), (3, 1))
-    double = [(448, 1), (384, 3), fork]
-    return Mixed(inputs, pool, 192, branch1x1=[(320, 1)], branch3x3=[(384, 1), fork], branch3x3dbl=double)
-
-
-class InceptionV3(nn.Module):
+class InceptionV3(timm.models.InceptionV3):
     """The network of FID, sFID and the Inception score, by the key names of pt_inception-2015-12-05-6726825d.pth.
 
     forward(images uint8 (B, 3, H, W) of any size) -> float32 (pool (B, 2048), spatial (B, 2023), logits (B, 1008)):
     pool for FID, precision and recall; spatial, 7 channels on 17 x 17 flattened (h, w, c), for sFID; logits without
-    their bias for the Inception score. Use it in eval mode, as load_inception gives it.
+    their bias for the Inception score. Raises ValueError for images that aren't uint8. Use it in eval mode, as
+    load_inception gives it.
     """
 
     def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = conv(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = conv(80, 192, 3)
-        self.Mixed_5b = mixed_5(192, 32)
-        self.Mixed_5c = mixed_5(256, 64)
-        self.Mixed_5d = mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, "stride", 0, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
-        self.Mixed_6b = mixed_6(128)
-        self.Mixed_6c = mixed_6(160)
-        self.Mixed_6d = mixed_6(160)
-        self.Mixed_6e = mixed_6(192)
-        chain = [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)]
-        self.Mixed_7a = Mixed(768, "stride", 0, branch3x3=[(192, 1), (320, 3)], branch7x7x3=chain)
-        self.Mixed_7b = mixed_7(1280, "avg")
-        self.Mixed_7c = mixed_7(2048, "max")  # a slip of the 2015 graph that every published FID shares
-        self.fc = nn.Linear(2048, 1008)
+        super().__init__(num_classes=1008)
+        for name, block in self.named_children():
+            pool = functools.partial(F.avg_pool2d, count_include_pad=False)  # timm's counts the padding
+            if name == "Mixed_7c":
+                pool = F.max_pool2d  # a slip of the 2015 graph that every published FID shares
+            if hasattr(block, "branch_pool"):
+                block.register_forward_hook(functools.partial(pool_anew, pool=pool))
 
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     @torch.no_grad()
     def forward(self, images):
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images are {images.dtype}: give uint8 from 0 to 255")
         x = (resize_tensorflow1(images.float(), 299) - 128) / 128  # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = F.max_pool2d(x, 3, 2)  # (B, 64, 73, 73)
@@ -186,7 +128,10 @@ class InceptionV3(nn.Module):
 
 
 def load_inception(weights=None, device="cpu"):
-    """InceptionV3 ready for use, with the published weights: from the file `weights`, or downloaded once."""
+    """InceptionV3 with the published weights, frozen, in eval mode. Raises ValueError where they can't be had.
+
+    weights: path of pt_inception-2015-12-05-6726825d.pth, pytorch-fid's port; None: downloaded once.
+    """
     model = InceptionV3()
     load_weights(model, INCEPTION, weights, "--inception-weights")
     return model.to(device).eval().requires_grad_(False)
@@ -195,13 +140,14 @@ def load_inception(weights=None, device="cpu"):
 class DINOv2(nn.Module):
     """The network of FD-DINOv2 (arXiv 2306.04675): ViT-L/14 without registers, its CLS token after the final norm.
 
-    forward(images uint8 (B, 3, H, W) of any size) -> float32 (B, 1024). weights: a local file in timm's key names.
+    forward(images uint8 (B, 3, H, W) of any size) -> float32 (B, 1024). Frozen, in eval mode.
+    weights: path of a file in timm's key names; None: downloaded once. Raises ValueError where they can't be had.
     """
 
     def __init__(self, weights=None, model="vit_large_patch14_dinov2.lvd142m"):
         super().__init__()
         self.vit = timm.create_model(model)  # for 518 px
-        load_weights(self.vit, model, weights, "--encoder-weights")
+        load_weights(self.vit, TIMM.format(model), weights, "--encoder-weights")
         cls, grid = self.vit.pos_embed.detach().split([1, 37 * 37], 1)  # (1, 1, D), (1, 37 * 37, D)
         grid = grid.mT.unflatten(2, (37, 37))  # (1, D, 37, 37)
         # the original's resampling; timm's would scale by 16 / 37, antialiased
@@ -212,7 +158,6 @@ class DINOv2(nn.Module):
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.eval().requires_grad_(False)
 
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     @torch.no_grad()
     def forward(self, images):
         x = images.float()
@@ -363,7 +308,8 @@ class LPIPS(nn.Module):
     """Learned perceptual distance (arXiv 1801.03924), VGG16, v0.1. The weights are frozen.
 
     forward(a, b): images (B, 3, H, W) in [-1, 1] with sides of 16 or more -> (B,), differentiable in both.
-    vgg_weights (torchvision's or timm's VGG16), lpips_weights (vgg.pth of v0.1): local files; else downloaded once.
+    vgg_weights (torchvision's or timm's VGG16), lpips_weights (vgg.pth of v0.1): paths; None: downloaded once. Raises
+    ValueError where they can't be had.
     """
 
     layers = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # relu1_2, 2_2, 3_3, 4_3, 5_3 and their channels
@@ -374,9 +320,9 @@ class LPIPS(nn.Module):
         self.heads = nn.ModuleDict({f"lin{i}": nn.ModuleDict({"model": head}) for i, head in enumerate(heads)})
         load_weights(self.heads, LPIPS_HEADS, lpips_weights, "--lpips-weights")
         with torch.device("meta"):  # the classifier, which is left out, takes no memory
-            self.features = timm.create_model("vgg16.tv_in1k").features[:30]
+            self.features = timm.create_model("vgg16").features[:30]
         self.features.to_empty(device="cpu")
-        load_weights(self.features, "vgg16.tv_in1k", vgg_weights, "--vgg-weights", prefix="features.")
+        load_weights(self.features, TIMM.format("vgg16.tv_in1k"), vgg_weights, "--vgg-weights", prefix="features.")
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.eval().requires_grad_(False)
@@ -389,11 +335,10 @@ class LPIPS(nn.Module):
                 yield x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)  # (B, C, H, W)
 
     def forward(self, a, b):
-        features = zip(self.unit_features(a), self.unit_features(b), strict=True)
-        terms = [
-            head["model"]((fa - fb).square()) for head, (fa, fb) in zip(self.heads.values(), features, strict=True)
-        ]
-        return sum(term.mean((1, 2, 3)) for term in terms)
+        distance = 0
+        for head, fa, fb in zip(self.heads.values(), self.unit_features(a), self.unit_features(b), strict=True):
+            distance = distance + head["model"]((fa - fb).square()).mean((1, 2, 3))
+        return distance  # (B,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,116 +347,138 @@ class LPIPS(nn.Module):
 STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # the ADM suite's keys, for FID and for sFID
 
 
-class Images(torch.utils.data.Dataset):
-    """uint8 (H, W, 3) images: of a folder, cropped to size x size, or arr_0 of an npz, streamed without loading it."""
+def load_statistics(path, features="inception"):
+    """Read an npz of statistics, ADM's or of --save-stats -> {"mu": (D,), "sigma": (D, D)}, float64 arrays.
 
-    def __init__(self, path, size):
-        self.path, self.files, self.stream = path, None, None
+    mu_s and sigma_s, for sFID, are there where the file has them. A file that names no features holds Inception's: D is
+    2048, and 2023 for sFID. Raises ValueError for another file, other features, other shapes, values not finite.
+    """
+    fix = "give an npz of fid.py FOLDER --save-stats"
+    try:
+        with np.load(path) as npz:  # reads an array when it is asked for
+            found = str(npz.get("features", "inception"))
+            statistics = {key: npz[key].astype(np.float64) for pair in STATISTICS for key in pair if key in npz}
+    except Exception as error:  # zip and npy files fail in many ways
+        raise ValueError(f"{path} cannot be read as statistics ({type(error).__name__}): {fix}") from error
+    if found != features or not {"mu", "sigma"} <= statistics.keys():
+        raise ValueError(f"{path} holds no statistics (mu, sigma) of {features}: {fix}")
+    D, S = (2048, 2023) if features == "inception" else 2 * (statistics["mu"].size,)
+    shapes = {"mu": (D,), "sigma": (D, D), "mu_s": (S,), "sigma_s": (S, S)}
+    for key, x in statistics.items():
+        if x.shape != shapes[key] or not np.isfinite(x).all():
+            raise ValueError(f"{path}: {key} must be finite numbers of shape {shapes[key]}: {fix}")
+    return statistics
+
+
+def crop_files(files, size):
+    """Image files -> (uint8 (B, size, size, 3), a line for each file that can't be read)."""
+    from encoder import center_crop, open_image
+
+    images, problems = [], []
+    for file in files:
+        try:
+            images.append(np.array(center_crop(open_image(file), size)))
+        except Exception as error:  # every decoder raises its own
+            problems.append(f"cannot read {file} ({error}): repair or remove it")
+    return torch.from_numpy(np.array(images, np.uint8)), problems
+
+
+class Side:
+    """REFERENCE or SAMPLES: `count` images of `size` (H, W), and statistics, as the file has them or as measured."""
+
+    def __init__(self, path, features):
+        self.path, self.files, self.count, self.size = path, None, 0, None
+        self.statistics, self.pool, self.logits = {}, [], []  # pool and logits of each batch, where a score needs them
         if os.path.isdir(path):
             from encoder import find_images
 
             self.files = find_images(path)[0]
-            self.shape = (len(self.files), size, size, 3)
+            self.count = len(self.files)
             return
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            self.shape, fortran, dtype = header(member)
-            self.offset = member.tell()
-        if len(self.shape) != 4 or self.shape[3] != 3 or not min(self.shape[1:]) or dtype != np.uint8 or fortran:
-            raise ValueError(f"arr_0 is {dtype} {self.shape}: images must be uint8 (N, H, W, 3)")
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is missing, or neither a folder of images nor a whole npz")
+        with zipfile.ZipFile(path) as archive:
+            keys = archive.namelist()
+            if "arr_0.npy" in keys:
+                self.read_header(archive)
+        if "arr_0.npy" not in keys or "mu.npy" in keys and features == "inception":
+            self.statistics = load_statistics(path, features)
 
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, index):
-        try:
-            if self.files:
-                from encoder import center_crop, open_image
-
-                return torch.from_numpy(np.array(center_crop(open_image(self.files[index]), self.shape[1])))
-            if self.stream is None:  # opened in the loader's process
-                self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")
-            size = math.prod(self.shape[1:])
-            self.stream.seek(self.offset + index * size)
-            return torch.frombuffer(bytearray(self.stream.read(size)), dtype=torch.uint8).view(self.shape[1:])
-        except Exception as error:  # every decoder raises its own
-            name = self.files[index] if self.files else f"image {index} of {self.path}"
-            raise ValueError(f"cannot read {name} ({error}): repair or remove it") from error
-
-
-class Side:
-    """REFERENCE or SAMPLES: its images, and its statistics as read from the file or, after finish(), measured."""
-
-    def __init__(self, name, path, args):
-        self.name, self.path, self.images, self.statistics, self.count = name, path, None, {}, None
-        self.measured, self.kept, self.row = [], [], 0
-        try:
-            self.open(path, args)
-        except ImportError:
-            raise
-        except Exception as error:  # zip and npy files fail in many ways
-            raise ValueError(f"{name} {path}: {error}") from error
-
-    def open(self, path, args):
-        if os.path.isdir(path):
-            self.images = Images(path, args.size)
-        elif not zipfile.is_zipfile(path):
-            raise ValueError("not there, or neither a folder of images nor a whole npz")
-        else:
-            with np.load(path) as npz:  # reads no array before it is asked for
-                if "arr_0" in npz:
-                    self.images = Images(path, args.size)
-                if "mu" in npz and (str(npz["features"]) if "features" in npz else "inception") == args.features:
-                    self.statistics = {key: npz[key] for keys in STATISTICS for key in keys if key in npz}
-                    self.count = int(npz["count"]) if "count" in npz else None
-                    if not all(x.dtype.kind in "fiu" and np.isfinite(x).all() for x in self.statistics.values()):
-                        raise ValueError("holds statistics that are not finite numbers: measure them again")
-                if self.images is None and not self.statistics:
-                    raise ValueError(f"holds {npz.files[:5]}: give images (arr_0) or statistics of {args.features}")
-        if self.images is not None:
-            self.count = len(self.images)
-            if self.count < 2:
-                raise ValueError(f"holds {self.count} images: give at least 2")
+    def read_header(self, archive):
+        with archive.open("arr_0.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            self.start = member.tell()
+        held = archive.getinfo("arr_0.npy").file_size - self.start
+        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or math.prod(shape) != held:
+            raise ValueError(f"{self.path}: arr_0 is {dtype} {shape} in {held} bytes: give whole uint8 (N, H, W, 3)")
+        self.count, self.size = shape[0], shape[1:3]
 
     def batches(self, args):
-        """This process's slice of the images in order: uint8 (B, 3, H, W) on the device."""
-        self.row, stop = (self.count * rank // args.world_size for rank in (args.rank, args.rank + 1))
-        loader = torch.utils.data.DataLoader(
-            torch.utils.data.Subset(self.images, range(self.row, stop)),
-            batch_size=args.batch,
-            num_workers=args.workers if self.images.files else min(args.workers, 1),  # a stream has one reader
-            pin_memory=args.device.startswith("cuda"),
-        )
-        with tqdm(total=self.count, desc=self.name, unit="image", leave=False, disable=args.rank > 0) as bar:
-            for images in loader:
-                yield images.to(args.device, non_blocking=True).permute(0, 3, 1, 2)
-                bar.update(len(images) * args.world_size)
+        """Yield the images in order, uint8 (B, H, W, 3). Raises ValueError, at the end, for all files it can't read."""
+        if self.files is None:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+                member.read(self.start)
+                for i in range(0, self.count, args.batch):
+                    shape = (min(args.batch, self.count - i), *self.size, 3)
+                    yield torch.frombuffer(bytearray(member.read(math.prod(shape))), dtype=torch.uint8).view(shape)
+            return
+        crop, problems = functools.partial(crop_files, size=self.size[0]), []
+        loader = torch.utils.data.DataLoader(self.files, args.batch, num_workers=args.workers, collate_fn=crop)
+        for images, lines in loader:
+            problems += lines
+            if not problems:
+                yield images
+        if problems:
+            raise ValueError("\n".join(problems))
 
-    def update(self, outputs, keep):
-        """Take in the network's outputs for a batch: pooled and spatial for statistics, pooled and logits to keep."""
-        if not self.measured:
-            self.measured = [FeatureStatistics(x.shape[1], x.device) for x in outputs[:2]]
-            self.kept = [x.new_zeros(self.count, x.shape[1]) for x in outputs[::2]] if keep else []
-        for statistics, x in zip(self.measured, outputs[:2], strict=True):
-            statistics.update(x)
-        for kept, x in zip(self.kept, outputs[::2], strict=False):
-            kept[self.row : self.row + len(x)] = x
-        self.row += len(outputs[0])
-
-    def finish(self):
-        """Merge the processes. Each holds zeros in the rows of the others, so that a sum gathers what was kept."""
-        for x in self.kept if dist.is_initialized() else []:
-            dist.all_reduce(x)
-        for statistics in self.measured:
-            statistics.all_reduce()
+    def measure(self, network, args, keep):
+        """Yield the images, uint8 (B, 3, H, W) on the device, and measure their statistics on the way."""
+        measured = []
+        total = math.ceil(self.count / args.batch)
+        for images in tqdm(self.batches(args), self.path, total, unit="batch", leave=False):
+            images = images.to(args.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
+            outputs = network(images)
+            measured = measured or [FeatureStatistics(x.shape[1], x.device) for x in outputs[:2]]
+            for statistics, x in zip(measured, outputs[:2], strict=True):
+                statistics.update(x)
+            if keep:
+                self.pool.append(outputs[0])
+                self.logits.append(outputs[2])
+            yield images
         if not self.statistics:
-            for (mu, sigma), x in zip(STATISTICS, self.measured, strict=False):
+            for (mu, sigma), x in zip(STATISTICS, measured, strict=False):
                 self.statistics |= {mu: x.mean.cpu().numpy(), sigma: x.cov.cpu().numpy()}
 
 
+def check(args, sides):
+    """Settle the size of folders, and refuse what can't be compared or written before any work: ValueError."""
+    if len(sides) == 1 and (args.paired or args.json or not args.save_stats):
+        raise ValueError("SAMPLES is missing: give it, or --save-stats OUT.npz alone")
+    for path in filter(None, (args.save_stats, args.json)):
+        if os.path.exists(path) and not args.overwrite:
+            raise ValueError(f"{path} exists: pass --overwrite to replace it, or change the path")
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise ValueError(f"{path} is in no existing folder: make the folder or change the path")
+    counts = " and ".join(str(side.count) for side in sides)
+    if any(side.count < 2 and not side.statistics for side in sides):
+        raise ValueError(f"{counts} images: give at least 2 on each side")
+    if args.paired and (sides[0].count != sides[1].count or not sides[0].count):
+        raise ValueError(f"--paired needs as many images on both sides, not {counts}")
+    sizes = {side.size for side in sides if side.size}
+    edge = args.size or (min(sizes)[0] if sizes else 256)
+    for side in sides:
+        if side.files:
+            side.size = (edge, edge)
+            sizes.add(side.size)
+    any_size = args.size and not args.paired and args.features in ("inception", "fd-dinov2")
+    if len(sizes) > 1 and not any_size:
+        shown = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
+        raise ValueError(f"images of {shown}: make them one size; --size lets FID and FD-DINOv2 compare two sizes")
+
+
 def make_network(args, size):
-    """The network of --features: uint8 (B, 3, H, W) -> (features,), or InceptionV3's three outputs."""
+    """The network of --features: uint8 (B, 3, H, W) -> (features (B, D),), or InceptionV3's three outputs."""
     if args.features == "inception":
         return load_inception(args.inception_weights, args.device)
     if args.features == "fd-dinov2":
@@ -523,137 +490,82 @@ def make_network(args, size):
     return lambda images: (model(images.float() / 255).mean((2, 3)),)
 
 
-def check(args, sides):
-    """Refuse what can be told before any work."""
-    taken = [os.path.realpath(side.path) for side in sides]
-    for flag, path in (("--save-stats", args.save_stats), ("--json", args.json)):
-        if path and os.path.realpath(path) in taken:
-            raise ValueError(f"{flag} {path} is an input or the other output: change the path")
-        taken.append(path and os.path.realpath(path))
-        if path and (os.path.isdir(path) or not os.access(os.path.join(os.path.dirname(path), "."), os.W_OK)):
-            raise ValueError(f"{flag} {path} is not a file in an existing folder: make the folder or change the path")
-        if path and os.path.exists(path) and not args.overwrite:
-            raise ValueError(f"{flag} {path} exists: pass --overwrite to replace it, or change the path")
-    if len(sides) == 1 and (args.paired or args.json or not args.save_stats):
-        raise ValueError("SAMPLES is missing: give it, or REFERENCE with --save-stats alone")
-    if args.save_stats and sides[0].statistics:
-        raise ValueError(f"--save-stats: REFERENCE {args.reference} holds {args.features} statistics already")
-    for side in sides:
-        if args.paired and not side.images:
-            raise ValueError(f"--paired compares images, but {side.name} {side.path} holds statistics alone")
-    shapes = [side.images.shape for side in sides if side.images]
-    found = " and ".join(f"{n} images of {h} x {w}" for n, h, w, _ in shapes)
-    if args.paired and (shapes[0] != shapes[1] or min(shapes[0][1:3]) < 16):
-        raise ValueError(f"--paired needs equal counts and sizes of at least 16 pixels, not {found}")
-    if args.features not in ("inception", "fd-dinov2") and len({side for shape in shapes for side in shape[1:3]}) > 1:
-        raise ValueError(f"--features {args.features} needs square images of one size, not {found}")
+def compare_pairs(args, batches):
+    """Pairs of batches, uint8 (B, 3, H, W) -> {"PSNR", "SSIM", "LPIPS": mean over all pairs of images}."""
+    distances = {"PSNR": psnr, "SSIM": ssim}
+    if not args.no_lpips:
+        lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(args.device)
+        distances["LPIPS"] = lambda a, b: lpips(2 * a - 1, 2 * b - 1)
+    values = {name: [] for name in distances}
+    for a, b in batches:
+        for name, distance in distances.items():
+            values[name].append(distance(a / 255, b / 255).double())  # (B,)
+    return {name: torch.cat(parts).mean().item() for name, parts in values.items()}
 
 
-def write(path, save):
-    """Through a temporary file, so that what stands at the path is never half written."""
-    with open(f"{path}.tmp", "wb") as file:
-        save(file)
-    os.replace(f"{path}.tmp", path)
+def compare_sets(args, reference, samples):
+    """Two measured sides -> {name: score}: Frechet distances, IS, precision and recall whose inputs are there."""
+    names = ("FD",) if args.features != "inception" else ("rFID",) if args.paired else ("FID", "sFID")
+    scores = {}
+    for name, keys in zip(names, STATISTICS, strict=False):
+        moments = [side.statistics.get(key) for side in (reference, samples) for key in keys]
+        if all(x is not None for x in moments):
+            scores[name] = frechet_distance(*moments)
+    if samples.logits:
+        scores["IS"] = inception_score(torch.cat(samples.logits))
+    if reference.pool and samples.pool and min(reference.count, samples.count) > 3:
+        pools = torch.cat(reference.pool), torch.cat(samples.pool)  # (N, 2048), (M, 2048)
+        scores["precision"], scores["recall"] = precision_recall(*pools)
+    return scores
 
 
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 @torch.no_grad()
 def run(args):
-    named = (("REFERENCE", args.reference), ("SAMPLES", args.samples))
-    sides = [Side(name, path, args) for name, path in named if path]
-    reference, samples = sides[0], sides[-1]
+    sides = [Side(path, args.features) for path in (args.reference, args.samples) if path]
     check(args, sides)
-    os.environ.setdefault("WORLD_SIZE", "1")  # torchrun sets it; timm would take a SLURM allocation for a launch
-    timm.utils.init_distributed_device(args)  # sets device, rank, world_size and distributed
-
-    suite = args.features == "inception" and not args.paired and len(sides) == 2
-    neighbours = suite and all(side.images and side.count > 3 for side in sides)
-    todo = [side for side in sides if side.images and (not side.statistics or neighbours or suite and side is samples)]
-    if todo:
-        if min(side.count for side in todo) < args.world_size:
-            raise ValueError(f"{args.world_size} processes are more than there are images: start fewer")
-        height, width = todo[0].images.shape[1:3]
-        network = make_network(args, height)
-        probe = network(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=args.device))
-        dims = [x.shape[1] for x in probe[:2]]
-    else:
-        dims = [reference.statistics[mu].size for mu, _ in STATISTICS if mu in reference.statistics]
-    warnings = []
-    for side in sides:
-        for dim, keys in zip(dims, STATISTICS, strict=False):
-            shapes = [side.statistics[key].shape for key in keys if key in side.statistics]
-            if shapes and shapes != [(dim,), (dim, dim)]:
-                raise ValueError(f"{keys} of {side.name} {side.path} are {shapes}: {args.features} has D = {dim}")
-        counted = side.count and not (side.images and side.statistics)  # those statistics may be of more images
-        if counted and side.count < dims[0]:
-            warnings.append(f"{side.count} images in {side.name}, fewer than the {dims[0]} feature dimensions")
-
-    pairs = {"PSNR": psnr, "SSIM": ssim} if args.paired else {}
-    if args.paired and not args.no_lpips:
-        lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(args.device)
-        pairs["LPIPS"] = lambda a, b: lpips(2 * a - 1, 2 * b - 1)
-    sums = torch.zeros(len(pairs), dtype=torch.float64, device=args.device)
-    if args.paired:
-        for batch in zip(*(side.batches(args) for side in sides), strict=True):
-            for side, images in zip(sides, batch, strict=True):
-                if side in todo:
-                    side.update(network(images), keep=False)
-            a, b = (images / 255 for images in batch)
-            sums += torch.stack([distance(a, b).double().sum() for distance in pairs.values()])
-    else:
-        for side in todo:
-            for images in side.batches(args):
-                side.update(network(images), keep=suite)
-    for side in sides:
-        side.finish()
-    if args.distributed:
-        dist.all_reduce(sums)
-        dist.destroy_process_group()
-    if args.rank > 0:
-        return
-
-    for warning in warnings:
-        print(f"warning: {warning}: the Frechet distance is biased", file=sys.stderr)
+    with_images = [side for side in sides if side.count]
+    network = make_network(args, with_images[0].size[0]) if with_images else None
+    keep = args.features == "inception" and not args.paired and len(sides) == 2
+    passes = [side.measure(network, args, keep) for side in with_images]
+    pairs = compare_pairs(args, zip(*passes, strict=True)) if args.paired else {}
+    for _ in itertools.chain(*passes):
+        pass  # measure() does the work
     if args.save_stats:
-        extra = dict(features=args.features, count=reference.count)
-        write(args.save_stats, lambda file: np.savez(file, **reference.statistics, **extra))
-        print(f"wrote {args.features} statistics of {reference.count} images to {args.save_stats}")
+        with open(args.save_stats, "wb") as file:
+            np.savez(file, **sides[0].statistics, features=args.features)
     if len(sides) == 1:
         return
-    scores = {}
-    first = "FD" if args.features != "inception" else "rFID" if args.paired else "FID"
-    for name, keys in zip((first, "sFID") if suite else (first,), STATISTICS, strict=False):
-        known = all(key in side.statistics for side in sides for key in keys)
-        scores[name] = frechet_distance(*(side.statistics[key] for side in sides for key in keys)) if known else None
-    if suite:
-        scores["IS"] = inception_score(samples.kept[1]) if samples.kept else None
-        both = precision_recall(reference.kept[0], samples.kept[0]) if neighbours else (None, None)
-        scores["precision"], scores["recall"] = both
-    scores |= dict(zip(pairs, (sums / samples.count).tolist() if pairs else [], strict=True))
+    scores = compare_sets(args, *sides) | pairs
     for name, score in scores.items():
-        needs = {"sFID": "mu_s, sigma_s or images", "IS": "images in SAMPLES"}.get(name, "4 images on each side")
-        print(f"{name:<10}" + (f"- (needs {needs})" if score is None else f"{score:.4f}"))
+        print(f"{name:<10}{score:.4f}")
     if args.json:
-        finite = {name: score if score is not None and math.isfinite(score) else None for name, score in scores.items()}
+        scores = {name: score if math.isfinite(score) else None for name, score in scores.items()}
         inputs = {key: getattr(args, key) for key in ("reference", "samples", "features")}
-        text = json.dumps(finite | inputs | {f"{side.name}_count": side.count for side in sides}, indent=1)
-        write(args.json, lambda file: file.write(text.encode()))
+        with open(args.json, "w") as file:
+            json.dump(scores | inputs, file, indent=1)
+
+
+def positive(text):
+    """The type of a flag that takes a whole number from 1 on."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give at least 1")
+    return int(text)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    wait = 10 * (os.environ.get("RANK", "0") != "0")  # rank 0 says it, and torchrun then ends the others
-    parser.error = lambda message: time.sleep(wait) or parser.exit(2, f"{parser.prog}: error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without the usage
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
-    add("reference", metavar="REFERENCE", help="folder of images or npz of images and/or statistics")
+    add("reference", metavar="REFERENCE", help="folder of images, or npz of images and/or statistics")
     add("samples", metavar="SAMPLES", nargs="?", help="likewise; may be left out with --save-stats")
     add("--paired", action="store_true", help="image i belongs to image i: rFID, PSNR, SSIM, LPIPS (default: unpaired)")
     add("--features", default="inception", help="inception, fd-dinov2 or an encoder's name (default: %(default)s)")
-    add("--size", type=int, default=256, help="pixels to which a folder's images are cropped (default: %(default)s)")
-    add("--batch", type=int, default=64, help="images per process and forward (default: %(default)s)")
-    add("--workers", type=int, default=4, help="decoding processes per input and process (default: %(default)s)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device, help="torchrun takes one GPU each (default: %(default)s)")
+    add("--size", type=positive, metavar="PIXELS", help="side of the square to which a folder's images are cropped; "
+        "given, it also lets FID compare two sizes (default: the size of the other set, else 256)")
+    add("--batch", type=positive, default=64, help="images per forward pass (default: %(default)s)")
+    add("--workers", type=int, default=4, help="processes that decode a folder (default: %(default)s)")
+    add("--device", choices=devices, default=devices[-1], help="device of the networks (default: %(default)s)")
     add("--inception-weights", metavar="PATH", help="local pt_inception-2015-12-05-6726825d.pth (default: download)")
     add("--encoder-weights", metavar="PATH", help="weights for --features, in timm's key names (default: download)")
     add("--vgg-weights", metavar="PATH", help="local VGG16 of torchvision or timm, for LPIPS (default: download)")
@@ -663,21 +575,12 @@ def main(argv=None):
     add("--json", metavar="OUT.json", help="write the scores in full precision (default: don't)")
     add("--overwrite", action="store_true", help="replace files that exist (default: refuse)")
     args = parser.parse_args(argv)
-    for name, least in (("size", 1), ("batch", 1), ("workers", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: give at least {least}")
-    if args.device == "cuda" != device:
-        parser.error("--device cuda: PyTorch finds no GPU here, use --device cpu")
+    torch.set_float32_matmul_precision("highest")  # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 asks for TF32
+    torch.backends.cudnn.allow_tf32 = False
     try:
         run(args)
-    except ModuleNotFoundError as error:
-        parser.error(f"{error}: folders of images and encoders need encoder.py beside this file")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        parser.error(str(error.__cause__ or error).strip())  # how its process has died
-    except ValueError as error:  # whose last line it is where a loader's process has put its traceback before
-        parser.error(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+    except ValueError as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":

@@ -5,42 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
-import zlib
-from functools import partial
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import ROOT, assert_close, golden, read_golden
+from conftest import ROOT, assert_close, golden, make_images, read_golden
 from PIL import Image
 
 import encoder
 import fid
-
-
-def by_formula(shapes, bias):
-    """Weights as tests/golden/README.md makes them: key name -> seed -> values."""
-    state = {}
-    for key, shape in shapes.items():
-        rs = np.random.RandomState(zlib.crc32(key.encode()))
-        if key.endswith("num_batches_tracked"):
-            value = np.zeros(shape)
-        elif key.endswith(("running_var", "bn.weight")):
-            value = 1 + 0.1 * rs.rand(*shape)
-        elif key.endswith(("running_mean", "bias")):
-            value = bias * rs.standard_normal(shape)
-        else:
-            value = rs.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
-        state[key] = torch.from_numpy(np.asarray(value, dtype=np.float32))
-    return state
-
-
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(by_formula(json.loads((ROOT / "tests/golden/inception_state_shapes.json").read_text()), 0.1), path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -48,38 +24,30 @@ def inception(inception_weights):
     return fid.load_inception(inception_weights)
 
 
-@pytest.fixture(scope="module")
-def lpips_weights(tmp_path_factory):
-    """Paths of VGG16 by formula and of the published heads."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.save(by_formula(json.loads((ROOT / "tests/golden/vgg16_state_shapes.json").read_text()), 0.05), folder / "v")
-    arrays, *_ = read_golden(ROOT / "tests/golden/lpips.npz")
-    torch.save({f"lin{i}.model.1.weight": arrays[f"lin{i}"].view(1, -1, 1, 1) for i in range(5)}, folder / "l")
-    return str(folder / "v"), str(folder / "l")
-
-
-def make_images(path, count, size=32, seed=0, save=np.savez):
-    """An npz of smooth random images, each with a brightness of its own; returns them."""
+def save_images(path, count, size=32, seed=0, save=np.savez):
+    """An npz of smooth random images, each with a brightness of its own; returns them, uint8 (B, 3, H, W)."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 4, 4, 3)) // 2 + rng.integers(0, 128, (count, 1, 1, 1))
     images = coarse.repeat(size // 4, 1).repeat(size // 4, 2).astype(np.uint8)
     save(path, images)
-    return images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def run(tmp_path, *argv, ranks=1, out="scores.json"):
-    """The command line, in this process or under torchrun; returns what --json wrote."""
-    argv = [*map(str, argv), "--json", str(tmp_path / out), "--overwrite", "--device", "cpu"]
-    if ranks == 1:
-        fid.main(argv)
-    else:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        subprocess.run([*launch, ROOT / "fid.py", *argv], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return json.loads((tmp_path / out).read_text())
+def run(tmp_path, *argv):
+    """The command line; returns what --json wrote."""
+    path = tmp_path / "scores.json"
+    fid.main([*map(str, argv), "--json", str(path), "--overwrite", "--device", "cpu", "--workers", "0"])
+    return json.loads(path.read_text())
 
 
 def numbers(scores):
     return {key: value for key, value in scores.items() if isinstance(value, float)}
+
+
+def moments(features):
+    """Mean and covariance (ddof 1) of features (N, D)."""
+    x = np.asarray(features, np.float64)
+    return x.mean(0), np.cov(x.T)
 
 
 def frechet_by_sqrtm(a, b):
@@ -205,6 +173,34 @@ def test_feature_statistics_do_not_cancel(batch):
     np.testing.assert_allclose(measured.cov, np.cov(x.numpy().T), rtol=1e-9, atol=1e-9)
 
 
+def test_feature_statistics_of_two_ranks(monkeypatch):
+    """Two threads play the ranks, of 5 and 3 features."""
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    barrier, parts = threading.Barrier(2), {}
+
+    def all_reduce(tensor):
+        parts[threading.get_ident()] = tensor.clone()
+        barrier.wait()
+        total = sum(parts.values())
+        barrier.wait()
+        tensor.copy_(total)
+
+    monkeypatch.setattr(fid, "dist", SimpleNamespace(is_initialized=lambda: True, all_reduce=all_reduce))
+    ranks = [fid.FeatureStatistics(4) for _ in range(2)]
+    for rank, part in zip(ranks, x.split(5), strict=True):
+        rank.update(part)
+    threads = [threading.Thread(target=rank.all_reduce) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    mean, cov = moments(x)
+    for rank in ranks:
+        assert rank.count == 8
+        np.testing.assert_allclose(rank.mean, mean, rtol=1e-12)
+        np.testing.assert_allclose(rank.cov, cov, rtol=1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Precision and recall, Inception score, LPIPS, resizes
 
@@ -260,38 +256,44 @@ def test_lpips_is_differentiable_and_frozen(lpips_weights):
     assert value.item() == 0 and flat.grad.abs().max() == 0
 
 
-def test_offline_weights_are_one_clear_line(monkeypatch, lpips_weights, tmp_path):
+def test_inception_refuses_images_in_0_1(inception):
+    with pytest.raises(ValueError, match="float32: give uint8"):
+        inception(torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("build, message", (
+    (lambda paths: fid.load_inception(), "pt_inception.*pass it with --inception-weights$"),
+    (lambda paths: fid.load_inception("nowhere.pth"), "nowhere.pth .*FileNotFound.*--inception-weights$"),
+    (lambda paths: fid.load_inception(paths[1]), "heads.pth .*KeyError.*--inception-weights$"),
+    (lambda paths: fid.LPIPS(), "lpips/weights/v0.1/vgg.pth and pass it with --lpips-weights$"),
+    (lambda paths: fid.LPIPS(lpips_weights=paths[1]), "/timm/vgg16.tv_in1k/.*model.safetensors .* --vgg-weights$"),
+    (lambda paths: fid.DINOv2(model="vit_tiny_patch16_224"), "/timm/vit_tiny_patch16_224/.* --encoder-weights$"),
+))
+def test_missing_weights_are_one_clear_line(build, message, lpips_weights, monkeypatch, tmp_path):
+    """At once, too: without a network nothing is asked twice."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing downloaded before
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(ValueError, match=message) as error:
+        build(lpips_weights)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_are_downloaded_once(monkeypatch, tmp_path):
+    """A timm model's file goes to torch's folder under its own name; the second time the network is not asked."""
+    fetched = []
+
+    def download(url, path):
+        fetched.append(url)
+        torch.save({"a.weight": torch.ones(1, 2), "b": torch.zeros(1)}, path)
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    monkeypatch.setattr(fid.timm, "create_model", no_network)
-    cases = (
-        (partial(fid.load_inception), "pt_inception.*pass it with --inception-weights$"),
-        (partial(fid.LPIPS), "vgg.pth.*pass it with --lpips-weights$"),
-        (partial(fid.load_inception, lpips_weights[1]), "does not fit.*Check --inception-weights$"),
-        (partial(fid.load_inception, "nowhere.pth"), "nowhere.pth.*--inception-weights$"),
-    )
-    for build, message in cases:
-        with pytest.raises(ValueError, match=message) as error:
-            build()
-        assert "\n" not in str(error.value)
-
-
-def test_vgg_weights_that_cannot_be_had(monkeypatch, lpips_weights):
-    create_model = fid.timm.create_model
-
-    def no_network(name, pretrained=False, **kwargs):
-        if pretrained:
-            raise OSError("no network")
-        return create_model(name, **kwargs)
-
-    monkeypatch.setattr(fid.timm, "create_model", no_network)
-    with pytest.raises(ValueError, match=r"model.safetensors of https://.*/vgg16.tv_in1k .*--vgg-weights$"):
-        fid.LPIPS(lpips_weights=lpips_weights[1])
+    monkeypatch.setattr(fid.urllib.request, "urlopen", lambda url, timeout: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    layer = torch.nn.Linear(2, 1, bias=False)
+    for _ in range(2):
+        fid.load_weights(layer, "https://huggingface.co/timm/x/resolve/main/y.pth", None, "--flag", prefix="a.")
+    assert torch.equal(layer.weight, torch.ones(1, 2)) and len(fetched) == 1
+    assert (tmp_path / "hub" / "checkpoints" / "timm_x_y.pth").exists()
 
 
 @pytest.fixture(scope="module")
@@ -304,11 +306,11 @@ def small_dinov2(tmp_path_factory):
     state["pos_embed"][0, 1:, 0], state["pos_embed"][0, 1:, 1] = x.flatten(), y.flatten()
     path = tmp_path_factory.mktemp("weights") / "dinov2.pth"
     torch.save(state, path)
-    return partial(fid.DINOv2, str(path), model=name)
+    return fid.DINOv2(str(path), model=name)
 
 
 def test_dinov2_positions_and_resize(small_dinov2):
-    network = small_dinov2()
+    network = small_dinov2
     # output i reads at (i + 0.5) / (16.1 / 37) - 0.5, from four neighbours by Keys' cubic with a = -0.75
     grid = network.vit.pos_embed[0, 1:, :2].view(16, 16, 2)
     position = (torch.arange(1, 15) + 0.5) * 37 / 16.1 - 0.5  # away from the border
@@ -333,108 +335,105 @@ def test_dinov2_positions_and_resize(small_dinov2):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-
-def test_command_line_inception(tmp_path, inception, inception_weights, capsys):
-    """All five numbers against second ways to compute them, for two batch sizes, with workers and under two ranks."""
-    sides = [make_images(tmp_path / f"{name}.npz", n, seed=n) for name, n in (("a", 6), ("b", 5))]
-    argv = tmp_path / "a.npz", tmp_path / "b.npz", "--inception-weights", inception_weights
-    alone = run(tmp_path, *argv, "--batch", 4, "--workers", 1)
-    printed = capsys.readouterr()
-    outputs = [inception(torch.from_numpy(images).permute(0, 3, 1, 2)) for images in sides]
-    (pool_a, spatial_a, _), (pool_b, spatial_b, logits) = [[x.double().numpy() for x in side] for side in outputs]
-    for key, a, b in (("FID", pool_a, pool_b), ("sFID", spatial_a, spatial_b)):
-        ca, cb = (a - a.mean(0)) / np.sqrt(5), (b - b.mean(0)) / np.sqrt(4)
-        root = np.linalg.svd(ca @ cb.T, compute_uv=False).sum()
-        expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + (ca**2).sum() + (cb**2).sum() - 2 * root
-        assert alone[key] == pytest.approx(expected, rel=1e-5)
-        assert f"{alone[key]:.4f}" in printed.out
-    p = scipy.special.softmax(logits, 1)
-    assert alone["IS"] == pytest.approx(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()), rel=1e-5)
-    expected = precision_recall_by_loops(pool_a, pool_b)
-    assert (alone["precision"], alone["recall"]) == pytest.approx(expected)
-    assert (alone["REFERENCE_count"], alone["SAMPLES_count"]) == (6, 5)
-    assert "6 images in REFERENCE" in printed.err and "5 images in SAMPLES" in printed.err and "biased" in printed.err
-
-    together = run(tmp_path, *argv, "--batch", 3, "--workers", 0, ranks=2)
-    assert together.keys() == alone.keys()
-    assert numbers(together) == pytest.approx(numbers(alone), rel=1e-4)
+TINY = ("--features", "random-tiny")
 
 
-def test_paired_does_not_depend_on_batches_or_ranks(tmp_path, lpips_weights):
-    vgg, heads = lpips_weights
-    a, b = make_images(tmp_path / "a.npz", 21), make_images(tmp_path / "b.npz", 21, seed=1)
-    mixed = (0.7 * a + 0.3 * b).astype(np.uint8)
-    np.savez_compressed(tmp_path / "b.npz", mixed)
-    argv = (tmp_path / "a.npz", tmp_path / "b.npz", "--paired", "--features", "random-tiny")
-    weights = ("--vgg-weights", vgg, "--lpips-weights", heads)
-    alone = run(tmp_path, *argv, *weights, "--batch", 64, "--workers", 0)
-    x, y = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 for images in (a, mixed))
-    network = encoder.Encoder("random-tiny", 32)
-    features = [network(images).mean((2, 3)).double().numpy() for images in (x, y)]
-    moments = [moment for f in features for moment in (f.mean(0), np.cov(f.T))]
-    assert alone["FD"] == pytest.approx(fid.frechet_distance(*moments), rel=1e-6)
-    mse = ((a / 255.0 - mixed / 255.0) ** 2).mean((1, 2, 3))
-    assert alone["PSNR"] == pytest.approx((10 * np.log10(1 / mse)).mean(), rel=1e-6)
-    assert alone["SSIM"] == pytest.approx(fid.ssim(x, y).mean().item(), rel=1e-6)
-    assert alone["LPIPS"] == pytest.approx(fid.LPIPS(vgg, heads)(2 * x - 1, 2 * y - 1).mean().item(), rel=1e-5)
-
-    small = run(tmp_path, *argv, *weights, "--batch", 5, "--workers", 1)
-    assert numbers(small) == pytest.approx(numbers(alone), rel=1e-5)
-    ranks = run(tmp_path, *argv, *weights, "--batch", 4, "--workers", 0, ranks=2)
-    assert numbers(ranks) == pytest.approx(numbers(alone), rel=1e-5)
-
-    equal = run(tmp_path, tmp_path / "a.npz", tmp_path / "a.npz", *argv[2:], "--no-lpips")
-    assert equal["SSIM"] == pytest.approx(1) and equal["PSNR"] is None and "LPIPS" not in equal  # infinite: not in JSON
-    assert equal["FD"] < 1e-9
+def quick_distance(mu1, sigma1, mu2, sigma2):
+    """Stands for the Frechet distance, of 4 seconds in 2048 dimensions, where the point is what it is given."""
+    return float(((mu1 - mu2) ** 2).sum() + (sigma1 * sigma2).sum())
 
 
-def test_statistics_serve_as_reference(tmp_path, capsys):
-    make_images(tmp_path / "a.npz", 150), make_images(tmp_path / "b.npz", 140, seed=1)
-    small = ("--features", "random-tiny", "--workers", 0)
-    direct = run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz", *small)
-    assert "biased" not in capsys.readouterr().err  # 140 images in 128 dimensions
-    fid.main([str(x) for x in (tmp_path / "a.npz", "--save-stats", tmp_path / "stats.npz", *small)])
-    with np.load(tmp_path / "stats.npz") as saved:
-        assert saved["mu"].shape == (128,) and saved["sigma"].shape == (128, 128) and saved["count"] == 150
-    capsys.readouterr()
-    through = run(tmp_path, tmp_path / "stats.npz", tmp_path / "b.npz", *small)
-    assert through["FD"] == pytest.approx(direct["FD"], rel=1e-9) and direct["FD"] > 1e-4
-    assert through["REFERENCE_count"] == 150
-    # a file with Inception's statistics and images serves other features by its images
-    with np.load(tmp_path / "a.npz") as a:
-        np.savez(tmp_path / "both.npz", arr_0=a["arr_0"], mu=np.zeros(2048), sigma=np.eye(2048))
-    both = run(tmp_path, tmp_path / "both.npz", tmp_path / "b.npz", *small)
-    assert both["FD"] == pytest.approx(direct["FD"], rel=1e-9)
+def test_inception_suite(tmp_path, inception, monkeypatch, capsys):
+    """All five numbers against second ways to compute them, from the features of the same pass."""
+    sides = save_images(tmp_path / "a.npz", 6, seed=6), save_images(tmp_path / "b.npz", 5, seed=5)
+    seen = []
 
+    def load_inception(weights, device):
+        assert (weights, device) == ("inception.pth", "cpu")
+        return lambda images: seen.append((images.clone(), *inception(images))) or seen[-1][1:]
 
-def test_statistics_without_images(tmp_path, capsys):
-    """Inception statistics on both sides: FID and sFID without a network; what needs images is '-' and null."""
-    for name, scale in (("a", 1), ("b", 4)):
-        mu, eye = np.zeros(64), scale * np.eye(64)
-        np.savez(tmp_path / f"{name}.npz", mu=mu, sigma=eye, mu_s=mu[:50], sigma_s=eye[:50, :50])
-    scores = run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz")
-    assert scores["FID"] == pytest.approx(64) and scores["sFID"] == pytest.approx(50)
-    assert [scores[key] for key in ("IS", "precision", "recall")] == [None] * 3
+    monkeypatch.setattr(fid, "load_inception", load_inception)
+    monkeypatch.setattr(fid, "frechet_distance", quick_distance)
+    argv = (tmp_path / "a.npz", tmp_path / "b.npz", "--inception-weights", "inception.pth", "--batch", 4)
+    scores = run(tmp_path, *argv)
     printed = capsys.readouterr().out
-    assert "IS        - (needs images in SAMPLES)" in printed
-    assert "precision - (needs 4 images on each side)" in printed
+    assert [len(batch[0]) for batch in seen] == [4, 2, 4, 1]
+    images, *outputs = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert torch.equal(images, torch.cat(sides))
+    (pool_a, pool_b), (spatial_a, spatial_b), (_, logits) = (np.split(x.double().numpy(), [6]) for x in outputs)
+    assert scores["FID"] == pytest.approx(quick_distance(*moments(pool_a), *moments(pool_b)), rel=1e-5)
+    assert scores["sFID"] == pytest.approx(quick_distance(*moments(spatial_a), *moments(spatial_b)), rel=1e-5)
+    p = scipy.special.softmax(logits, 1)
+    assert scores["IS"] == pytest.approx(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()), rel=1e-5)
+    assert (scores["precision"], scores["recall"]) == pytest.approx(precision_recall_by_loops(pool_a, pool_b))
+    assert all(f"{name:<10}{value:.4f}\n" in printed for name, value in numbers(scores).items())
 
 
-def test_statistics_beside_images_are_used(tmp_path, inception_weights, monkeypatch, capsys):
-    """As in the ADM release's references: statistics of more images than the file holds."""
-    images = make_images(tmp_path / "b.npz", 4)
+@pytest.fixture
+def instead_of_inception(monkeypatch):
+    """Mean colours, in Inception's place and shapes: (B, 3), thrice."""
+    monkeypatch.setattr(fid, "load_inception", lambda *_: lambda images: 3 * (images.float().mean((2, 3)),))
+
+
+def test_paired_inception_is_rfid(tmp_path, instead_of_inception):
+    save_images(tmp_path / "a.npz", 4)
+    scores = run(tmp_path, tmp_path / "a.npz", tmp_path / "a.npz", "--paired", "--no-lpips")
+    assert numbers(scores).keys() == {"rFID", "SSIM"} and scores["PSNR"] is None  # infinite: not in JSON
+
+
+def test_statistics_beside_images_are_used(tmp_path, instead_of_inception, monkeypatch):
+    """As in the ADM release's references: statistics of more images than the file holds. Three images: no precision."""
+    monkeypatch.setattr(fid, "frechet_distance", lambda mu1, sigma1, mu2, sigma2: float(mu1.sum()))
+    images = save_images(tmp_path / "b.npz", 3).permute(0, 2, 3, 1)
     np.savez(tmp_path / "a.npz", arr_0=images, mu=np.full(2048, 7), sigma=np.eye(2048))
-    monkeypatch.setattr(fid, "frechet_distance", lambda mu1, sigma1, mu2, sigma2: float(mu1.sum()))  # saves seconds
-    weights = ("--inception-weights", inception_weights, "--workers", 0)
-    scores = run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz", *weights)
-    assert scores["FID"] == 7 * 2048 and scores["sFID"] is None
-    assert (scores["precision"], scores["recall"]) == (1, 1)  # of the images, which are the same
-    warning = capsys.readouterr().err
-    assert "4 images in SAMPLES" in warning and "REFERENCE, fewer" not in warning
+    scores = run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz")
+    assert numbers(scores).keys() == {"FID", "IS"} and scores["FID"] == 7 * 2048
+
+
+def test_statistics_without_images(tmp_path, monkeypatch):
+    """Inception statistics on both sides: FID and sFID without a network, and nothing else."""
+    monkeypatch.setattr(fid, "frechet_distance", quick_distance)
+    for name, scale in (("a", 1), ("b", 4)):
+        mu, eye = np.full(2048, scale), scale * np.eye(2048, dtype=np.int8)
+        np.savez(tmp_path / f"{name}.npz", mu=mu, sigma=eye, mu_s=mu[:2023], sigma_s=eye[:2023, :2023])
+    scores = run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz")
+    assert numbers(scores) == {"FID": (9 + 4) * 2048, "sFID": (9 + 4) * 2023}
+
+
+def test_statistics_serve_as_reference(tmp_path):
+    paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    images = save_images(paths[0], 150), save_images(paths[1], 140, seed=1)
+    direct = run(tmp_path, *paths, *TINY)
+    network = encoder.Encoder("random-tiny", 32)
+    features = [network(x / 255).mean((2, 3)) for x in images]
+    expected = fid.frechet_distance(*moments(features[0]), *moments(features[1]))
+    assert direct["FD"] == pytest.approx(expected, rel=1e-5) and expected > 1e-4
+    fid.main([str(x) for x in (paths[0], "--save-stats", tmp_path / "stats.npz", *TINY)])
+    assert fid.load_statistics(tmp_path / "stats.npz", "random-tiny")["sigma"].shape == (128, 128)
+    through = run(tmp_path, tmp_path / "stats.npz", paths[1], *TINY)
+    assert through["FD"] == pytest.approx(direct["FD"], rel=1e-9)
+    # a file with Inception's statistics and images serves other features by its images
+    np.savez(tmp_path / "both.npz", arr_0=np.load(paths[0])["arr_0"], mu=np.zeros(2048), sigma=np.eye(2048))
+    assert run(tmp_path, tmp_path / "both.npz", paths[1], *TINY)["FD"] == pytest.approx(direct["FD"], rel=1e-9)
+
+
+def test_paired_does_not_depend_on_batches(tmp_path, lpips_weights):
+    vgg, heads = lpips_weights
+    a, other = save_images(tmp_path / "a.npz", 7), save_images(tmp_path / "b.npz", 7, seed=1)
+    b = (0.7 * a + 0.3 * other).byte()
+    np.savez_compressed(tmp_path / "b.npz", b.permute(0, 2, 3, 1))
+    argv = (tmp_path / "a.npz", tmp_path / "b.npz", "--paired", *TINY, "--vgg-weights", vgg, "--lpips-weights", heads)
+    scores = run(tmp_path, *argv)
+    mse = ((a / 255.0 - b / 255.0) ** 2).mean((1, 2, 3)).numpy()
+    assert scores["PSNR"] == pytest.approx((10 * np.log10(1 / mse)).mean(), rel=1e-6)
+    assert scores["SSIM"] == pytest.approx(fid.ssim(a / 255, b / 255).mean().item(), rel=1e-6)
+    lpips = fid.LPIPS(vgg, heads)(a / 127.5 - 1, b / 127.5 - 1).mean().item()
+    assert scores["LPIPS"] == pytest.approx(lpips, rel=1e-5)
+    assert numbers(run(tmp_path, *argv, "--batch", 3)) == pytest.approx(numbers(scores), rel=1e-5)
 
 
 def test_folder_is_cropped_as_adm_does(tmp_path):
-    """A folder of odd sizes gives what an npz of its crops gives, in the sorted order of its files."""
+    """A folder of odd sizes gives what an npz of its crops gives, in order; its size is the npz's, or --size's."""
     rng = np.random.default_rng(0)
     (tmp_path / "folder").mkdir()
     crops = []
@@ -443,68 +442,141 @@ def test_folder_is_cropped_as_adm_does(tmp_path):
         image.save(tmp_path / "folder" / f"{i}.png")
         crops.append(np.array(encoder.center_crop(image, 32)))
     np.savez(tmp_path / "crops.npz", np.stack(crops))
-    options = ("--paired", "--no-lpips", "--features", "random-tiny", "--size", 32, "--workers", 2, "--batch", 2)
-    scores = run(tmp_path, tmp_path / "folder", tmp_path / "crops.npz", *options)
-    assert scores["PSNR"] is None and scores["SSIM"] == pytest.approx(1) and scores["FD"] < 1e-9
+    argv = (tmp_path / "folder", tmp_path / "crops.npz", "--paired", "--no-lpips", *TINY, "--batch", 2)
+    for more in ((), ("--size", 32), ("--workers", 1)):
+        scores = run(tmp_path, *argv, *more)
+        assert scores["PSNR"] is None and scores["SSIM"] == pytest.approx(1) and scores["FD"] < 1e-9
     np.savez(tmp_path / "crops.npz", np.stack(crops[::-1]))
-    assert run(tmp_path, tmp_path / "folder", tmp_path / "crops.npz", *options)["SSIM"] < 0.9
+    assert run(tmp_path, *argv)["SSIM"] < 0.9
+    fid.main([str(x) for x in (tmp_path / "folder", "--save-stats", tmp_path / "s.npz", *TINY, "--workers", 0)])
+    model = encoder.Encoder("random-tiny", 256)  # without another set
+    image = np.stack([encoder.center_crop(encoder.open_image(tmp_path / "folder" / f"{i}.png"), 256) for i in range(5)])
+    mean = model(torch.from_numpy(image).permute(0, 3, 1, 2) / 255).mean((0, 2, 3))
+    np.testing.assert_allclose(np.load(tmp_path / "s.npz")["mu"], mean.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_two_sizes_are_compared_with_size_alone(tmp_path, instead_of_inception):
+    save_images(tmp_path / "a.npz", 4, size=16), save_images(tmp_path / "b.npz", 4, size=32)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz")
+    assert run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz", "--size", 64)["FID"] < 1e-6
+    make_images(tmp_path / "folder", 4, (50, 60))
+    assert "FID" in run(tmp_path, tmp_path / "folder", tmp_path / "b.npz", "--size", 64)
 
 
 def test_fd_dinov2(tmp_path, monkeypatch, small_dinov2):
-    images = make_images(tmp_path / "a.npz", 4), make_images(tmp_path / "b.npz", 4, seed=1)
-    network = small_dinov2()
+    images = save_images(tmp_path / "a.npz", 3), save_images(tmp_path / "b.npz", 2, seed=1)
+    network = small_dinov2
     monkeypatch.setattr(fid, "DINOv2", lambda weights: network)
-    scores = run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz", "--features", "fd-dinov2", "--workers", 0)
-    features = [network(torch.from_numpy(side).permute(0, 3, 1, 2)).double().numpy() for side in images]
-    expected = fid.frechet_distance(*(moment for f in features for moment in (f.mean(0), np.cov(f.T))))
-    assert scores["FD"] == pytest.approx(expected, rel=1e-4)
+    scores = run(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz", "--features", "fd-dinov2")
+    a, b = (moments(network(x)) for x in images)
+    assert scores["FD"] == pytest.approx(fid.frechet_distance(*a, *b), rel=1e-4)
 
 
-@pytest.mark.parametrize("save", (np.savez, np.savez_compressed))
-def test_npz_images_are_read_in_any_order(tmp_path, save):
-    images = make_images(tmp_path / "a.npz", 9, save=save)
-    stream = fid.Images(str(tmp_path / "a.npz"), 256)
-    assert len(stream) == 9
-    for index in (0, 1, 2, 7, 8, 3, 3, 0):
-        assert torch.equal(stream[index], torch.from_numpy(images[index]))
+def test_command_line_takes_full_precision(tmp_path):
+    """TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 starts PyTorch with TF32 on."""
+    save_images(tmp_path / "a.npz", 2)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    run(tmp_path, tmp_path / "a.npz", tmp_path / "a.npz", *TINY)
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 
 
-def test_memory_stays_flat(tmp_path):
-    """Peak memory of the command line for 1,000 and 4,000 images, of which the latter are 37 MB more."""
-    code = "import resource, sys, torch; torch.set_num_threads(1); import fid; fid.main(sys.argv[1:]); "
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    peaks = []
-    for count in (1000, 4000):
-        np.savez(tmp_path / "a.npz", np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8))
-        argv = [tmp_path / "a.npz", "--save-stats", tmp_path / f"{count}.npz", "--features", "random-tiny"]
-        command = [sys.executable, "-c", code, *argv, "--workers", "0", "--device", "cpu"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(result.stdout.split()[-1]) / 1024)  # MiB on Linux
-    assert peaks[1] - peaks[0] < 15, f"peaks of {peaks} MiB"
-
-
-def test_overwrite_replaces_whole_files(tmp_path):
-    make_images(tmp_path / "a.npz", 4)
-    (tmp_path / "scores.json").write_text("old")
-    scores = run(tmp_path, tmp_path / "a.npz", tmp_path / "a.npz", "--features", "random-tiny", "--workers", 0)
-    assert scores["FD"] < 1e-9
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "scores.json"]
-
-
-def test_copied_alone(tmp_path):
-    """The library works without the other files, and the command line says what it misses."""
+def test_copied_alone_in_flat_memory(tmp_path):
+    """npz against npz without the other files; 4,000 images, 37 MB more than 1,000, raise the peak by less than 15."""
     shutil.copy(ROOT / "fid.py", tmp_path)
+    for count in (10, 1000, 4000):
+        np.savez(tmp_path / f"{count}.npz", np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), np.uint8))
     code = """
-import torch
-from fid import InceptionV3, frechet_distance, precision_recall
-with torch.device("meta"):
-    assert len(InceptionV3().state_dict()) > 500
-x = torch.eye(8)
-assert frechet_distance(x[0], x, x[1], x) == 2 and precision_recall(x, x) == (1, 1)
+import resource, torch, fid
+torch.set_num_threads(1)
+fid.load_inception = lambda *_: lambda images: 3 * (images.float().mean((2, 3)),)
+fid.main(["10.npz", "10.npz", "--device", "cpu"])
+for count in (1000, 4000):
+    fid.main([f"{count}.npz", "--save-stats", f"{count}-stats.npz", "--device", "cpu"])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # MiB on Linux
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
-    (tmp_path / "images").mkdir()
-    argv = [sys.executable, "fid.py", "images", "images"]
-    result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert result.returncode == 2 and "need encoder.py beside this file" in result.stderr.splitlines()[-1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    *scores, small, large = result.stdout.splitlines()
+    assert [line.split()[0] for line in scores] == ["FID", "sFID", "IS", "precision", "recall"]
+    assert float(large) - float(small) < 15, f"peaks of {small} and {large} MiB"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of inputs that can't be used, beside good.npz."""
+    world = tmp_path_factory.mktemp("world")
+    images = save_images(world / "good.npz", 4, size=16).permute(0, 2, 3, 1).numpy()
+    (world / "text.npz").write_text("no zip")
+    np.savez(world / "float.npz", images / 255)
+    np.savez(world / "one.npz", images[:1])
+    np.savez(world / "five.npz", np.concatenate([images, images[:1]]))
+    np.savez(world / "wide.npz", images.repeat(2, 2))
+    np.savez(world / "other.npz", x=images)
+    with fid.zipfile.ZipFile(world / "good.npz") as whole, fid.zipfile.ZipFile(world / "cut.npz", "w") as cut:
+        cut.writestr("arr_0.npy", whole.read("arr_0.npy")[:-10])
+    eye = np.eye(128)
+    np.savez(world / "stats.npz", mu=eye[0], sigma=eye, features="random-tiny")
+    np.savez(world / "nan.npz", mu=eye[0], sigma=np.nan * eye, features="random-tiny")
+    np.savez(world / "flat.npz", mu=eye[0], sigma=eye[0], features="random-tiny")
+    np.savez(world / "words.npz", mu=np.array(["a"]), sigma=eye, features="random-tiny")
+    for name in ("a", "b", "c", "d"):
+        make_images(world / "broken" / name, 1, seed=ord(name))
+    for name in ("b", "d"):
+        path = world / "broken" / name / "0000.png"
+        path.write_bytes(path.read_bytes()[:60])
+    return world
+
+
+@pytest.mark.parametrize("arguments, said", (
+    ("good.npz", "SAMPLES is missing"),
+    ("absent.npz good.npz", "absent.npz is missing"),
+    ("good.npz text.npz", "text.npz is missing, or neither a folder of images nor a whole npz"),
+    ("good.npz float.npz", "float.npz: arr_0 is float64 (4, 16, 16, 3)"),
+    ("cut.npz good.npz", "cut.npz: arr_0 is uint8 (4, 16, 16, 3) in 3062 bytes: give whole"),
+    ("one.npz good.npz", "1 and 4 images: give at least 2"),
+    ("other.npz good.npz", "other.npz holds no statistics (mu, sigma) of random-tiny"),
+    ("stats.npz good.npz --features inception", "stats.npz holds no statistics (mu, sigma) of inception"),
+    ("nan.npz good.npz", "nan.npz: sigma must be finite"),
+    ("flat.npz good.npz", "flat.npz: sigma must be finite numbers of shape (128, 128)"),
+    ("words.npz good.npz", "words.npz cannot be read as statistics (ValueError)"),
+    ("good.npz five.npz --paired", "not 4 and 5"),
+    ("stats.npz stats.npz --paired", "not 0 and 0"),
+    ("good.npz wide.npz", "16 x 16 and 16 x 32: make them one size"),
+    ("good.npz wide.npz --size 16", "16 x 16 and 16 x 32: make them one size"),
+    ("good.npz good.npz --save-stats stats.npz", "stats.npz exists: pass --overwrite"),
+    ("good.npz good.npz --json nowhere/scores.json", "nowhere/scores.json is in no existing folder"),
+    ("good.npz good.npz --batch 0", "--batch: 0: give at least 1"),
+    ("good.npz good.npz --size small", "--size: invalid positive value: 'small'"),
+    ("good.npz good.npz --features incepton", "incepton"),
+))
+def test_refusals(world, monkeypatch, capsys, arguments, said):
+    """One line, exit code 2, before any network is made."""
+    monkeypatch.chdir(world)
+    with pytest.raises(SystemExit, match="2"):
+        fid.main([*TINY, "--device", "cpu", *arguments.split()])
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and ": error: " in error
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_all_unreadable_files_are_named(world, capsys, workers):
+    with pytest.raises(SystemExit, match="2"):
+        fid.main([str(world / "broken"), *TINY, "--batch", "1", "--workers", str(workers), "--size", "16",
+                  "--save-stats", str(world / "new.npz")])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "cannot read" in line]
+    assert [name for line, name in zip(lines, "bd", strict=True) if f"broken/{name}/0000.png" in line] == ["b", "d"]
+    assert not (world / "new.npz").exists()
+
+
+@pytest.mark.parametrize("key, bad", (("mu", np.zeros(2047)), ("sigma_s", np.eye(2)), ("mu_s", np.zeros((2023, 1)))))
+def test_load_statistics_refuses_other_shapes(tmp_path, key, bad):
+    eye = np.eye(2048, dtype=np.int8)
+    good = dict(mu=eye[0], sigma=eye, mu_s=eye[0, :2023], sigma_s=eye[:2023, :2023])
+    np.savez(tmp_path / "stats.npz", **good)
+    assert fid.load_statistics(tmp_path / "stats.npz")["sigma_s"].shape == (2023, 2023)
+    np.savez(tmp_path / "stats.npz", **good | {key: bad})
+    with pytest.raises(ValueError, match=f"{key} must be"):
+        fid.load_statistics(tmp_path / "stats.npz")

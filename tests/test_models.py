@@ -411,7 +411,9 @@ def test_watching_changes_nothing_and_ends_with_the_sample():
     assert torch.equal(x, sample(velocity, noise, 5, 3.0))
     assert len(estimates) == 5 and torch.equal(estimates[-1], x)
     torch.testing.assert_close(estimates[0], noise - velocity(noise, torch.tensor(1.0)))
-    assert sample(velocity, noise).shape == noise.shape
+    estimates.clear()
+    sample(lambda x, t: x, noise, watch=lambda step, estimate: estimates.append(step))
+    assert estimates == list(range(50)), "the paper's number of steps"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

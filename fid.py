@@ -56,8 +56,8 @@ def download(url):
 def load_weights(module, url, path, flag, prefix=""):
     """Fill the module from the file `path` (.pth, .safetensors), or from the URL, downloaded once, where path is None.
 
-    The file's keys are the module's behind `prefix`; it may hold others. Raises ValueError in one line, that names the
-    file to fetch and the flag that takes it.
+    The file needs every key of the module, each behind `prefix`; other keys are ignored. Raises ValueError, one line
+    that names the file to fetch and the flag that takes it.
     """
     try:
         file = download(url) if path is None else path
@@ -86,7 +86,7 @@ def resize_tensorflow1(x, size):
 
 
 def pool_anew(block, inputs, output, pool):
-    """Forward hook for timm's blocks: their last channels, of the pooling branch, again with another pool before it."""
+    """Forward hook of timm's blocks: compute the pooling branch, their last channels, again from another pool."""
     pooled = block.branch_pool(pool(inputs[0], 3, 1, 1))
     return torch.cat([output[:, : -pooled.shape[1]], pooled], 1)
 
@@ -94,6 +94,7 @@ def pool_anew(block, inputs, output, pool):
 class InceptionV3(timm.models.InceptionV3):
     """The network of FID, sFID and the Inception score, by the key names of pt_inception-2015-12-05-6726825d.pth.
 
+    TensorFlow's graph of 2015 is timm's network with other pools in the pooling branches and 1008 classes.
     forward(images uint8 (B, 3, H, W) of any size) -> float32 (pool (B, 2048), spatial (B, 2023), logits (B, 1008)):
     pool for FID, precision and recall; spatial, 7 channels on 17 x 17 flattened (h, w, c), for sFID; logits without
     their bias for the Inception score. Raises ValueError for images that aren't uint8. Use it in eval mode, as
@@ -232,7 +233,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def squared_distances(a, b):
-    """float64 (N, D), (M, D) -> float32 (N, M). What float64's cancellation leaves of equal features is set to 0."""
+    """float64 (N, D), (M, D) -> float32 (N, M). Equal features get 0, not what float64's cancellation leaves."""
     norms = a.square().sum(1)[:, None] + b.square().sum(1)
     squares = torch.addmm(norms, a, b.T, alpha=-2)
     return squares.masked_fill_(squares < 1e-12 * norms, 0).float()
@@ -319,7 +320,7 @@ class LPIPS(nn.Module):
         heads = [nn.Sequential(nn.Identity(), nn.Conv2d(c, 1, 1, bias=False)) for c in self.layers.values()]
         self.heads = nn.ModuleDict({f"lin{i}": nn.ModuleDict({"model": head}) for i, head in enumerate(heads)})
         load_weights(self.heads, LPIPS_HEADS, lpips_weights, "--lpips-weights")
-        with torch.device("meta"):  # the classifier, which is left out, takes no memory
+        with torch.device("meta"):  # the classifier is left out and takes no memory
             self.features = timm.create_model("vgg16").features[:30]
         self.features.to_empty(device="cpu")
         load_weights(self.features, TIMM.format("vgg16.tv_in1k"), vgg_weights, "--vgg-weights", prefix="features.")
@@ -452,7 +453,7 @@ class Side:
 
 
 def check(args, sides):
-    """Settle the size of folders, and refuse what can't be compared or written before any work: ValueError."""
+    """Settle the size of folders and refuse, before any work, what can't be compared or written: ValueError."""
     if len(sides) == 1 and (args.paired or args.json or not args.save_stats):
         raise ValueError("SAMPLES is missing: give it, or --save-stats OUT.npz alone")
     for path in filter(None, (args.save_stats, args.json)):
@@ -558,8 +559,8 @@ def main(argv=None):
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
     add("reference", metavar="REFERENCE", help="folder of images, or npz of images and/or statistics")
-    add("samples", metavar="SAMPLES", nargs="?", help="likewise; may be left out with --save-stats")
-    add("--paired", action="store_true", help="image i belongs to image i: rFID, PSNR, SSIM, LPIPS (default: unpaired)")
+    add("samples", metavar="SAMPLES", nargs="?", help="the other set, likewise; may be left out with --save-stats")
+    add("--paired", action="store_true", help="compare image i with image i: rFID, PSNR, SSIM, LPIPS (default: sets)")
     add("--features", default="inception", help="inception, fd-dinov2 or an encoder's name (default: %(default)s)")
     add("--size", type=positive, metavar="PIXELS", help="side of the square to which a folder's images are cropped; "
         "given, it also lets FID compare two sizes (default: the size of the other set, else 256)")

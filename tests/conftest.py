@@ -219,7 +219,8 @@ def adaptive_weight_step(file, rank=0, ranks=1, prepare=lambda model: model):
     still = torch.full((len(z), 5), 0.5)  # draws of diffaug that leave the images as they are
     weigh = train_decoder.adaptive_weight
     with mock.patch.object(train_decoder, "adaptive_weight", wraps=weigh) as watched:
-        fake, hidden = prepare(model)(z, return_hidden=True)
+        called = prepare(model)  # kept alive until the backward is done
+        fake, hidden = called(z, return_hidden=True)
         gradient, losses = train_decoder.decoder_losses(
             fake, target, discriminator=lambda images: torch.tanh(images) * score, gan_weight=config["gan"],
             augment=still, hidden=hidden, pixel_std=model.std)
@@ -233,3 +234,17 @@ def adaptive_weight_step(file, rank=0, ranks=1, prepare=lambda model: model):
     gradients = published_decoder(model)
     recorded = {key: arrays[key] for key in ours} | states["grad"]
     return ours | {key: gradients[key] for key in states["grad"]}, recorded
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch.compile traces from here on. They run as traced: Inductor would take half a minute each."""
+    traced, compile_module = [], torch.nn.Module.compile
+    torch._dynamo.reset()  # other tests' graphs
+
+    def backend(module, inputs):
+        traced.append(module)
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=backend, **how))
+    return traced

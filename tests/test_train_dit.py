@@ -1,21 +1,16 @@
 """train_dit.py through its real main(), in small, against closed forms, second ways to compute the same, and itself."""
 
-import csv
-import json
+import functools
+import itertools
 import math
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-import zlib
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, published_dit
+from conftest import assert_identical, finish, make_images, published_dit, read, rows, start_ranks, wait_for
 from PIL import Image
 
 import decoder
@@ -28,17 +23,20 @@ import train_dit
 # One epoch of `shapes` at this batch is 1,000 steps. No decoder is found, so no previews are drawn.
 TINY = ["--preset", "demo", "--batch", "8", "--micro-batch", "8", "--size", "32", "--lr", "3e-3", "--lr-end", "3e-4",
         "--warmup", "0", "--decay-start", "9", "--decay-end", "14", "--ema", "0.995", "--shift-base", "512",
-        "--precision", "float32", "--stats-images", "16", "--log-every", "1", "--device", "cpu"]  # fmt: skip
+        "--precision", "float32", "--stats-images", "16", "--log-every", "1", "--device", "cpu"]
 MODEL = dit.SIZES["DiT-DH-tiny"]
 RECORD = encoder.Encoder("random-tiny", 32).record
 SHAPE = (RECORD["latent_dim"], RECORD["grid"], RECORD["grid"])
 CLASSES = len(encoder.SHAPES)
 SHIFT = max(1.0, math.sqrt(math.prod(SHAPE) / 512))
+TABLE = "y_embedder.embedding_table.weight"
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True, scope="module")
+def elsewhere(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        yield
 
 
 def train(out, *flags, steps=None):
@@ -48,35 +46,36 @@ def train(out, *flags, steps=None):
     return read(out / "last.pt")
 
 
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
-def rows(out):
-    with open(out / "log.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def flat(value, prefix=""):
-    """A nested dictionary of tensors as {path: value}."""
-    if not isinstance(value, (dict, list)):
-        return {prefix: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for name, inner in items for key, leaf in flat(inner, f"{prefix}/{name}").items()}
-
-
-def assert_identical(a, b):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for key in a:
-        same = torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]
-        assert same, f"{key} differs"
+def refused(capsys, *flags):
+    """The last line that the script prints before it ends with 2."""
+    with pytest.raises(SystemExit) as exit:
+        train_dit.main([*TINY, *map(str, flags)])
+    assert exit.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def distance(a, b):
     """Largest difference between two state dicts, in units of the learning rate: Adam moves a weight by about 1."""
     assert a.keys() == b.keys()
     return max((a[key] - b[key]).abs().max().item() for key in a) / 3e-3
+
+
+def make_alive(path, num_classes=CLASSES, **config):
+    """A dit.pt whose every part matters: random weights instead of the zeros of a new model."""
+    torch.manual_seed(1)
+    model = dit.DiT(*SHAPE[:2], num_classes, **dit.SIZES["DiT-DH-tiny"] | config)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.y_embedder.embedding_table.weight.data.normal_(std=2)
+    stats = {"mean": torch.full(SHAPE, 0.1), "var": torch.full(SHAPE, 1.5)}
+    torch.save(dict(kind="dit", config=model.config, model=model.state_dict(), stats=stats, shift=3.0, encoder=RECORD,
+                    label_dropout=0.1, epoch=1.0), path)
+    return path
+
+
+def make_stats(path, shape=SHAPE):
+    torch.save({"mean": None, "var": torch.full(shape, 2.0)}, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +88,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """20 images in two classes."""
-    root = tmp_path_factory.mktemp("images")
-    shapes = encoder.Shapes(20, 32)
-    for i in range(20):
-        (root / "ab"[i % 2]).mkdir(exist_ok=True)
-        shapes.open(i)[0].save(root / "ab"[i % 2] / f"{i}.png")
-    return root
+    return make_images(tmp_path_factory.mktemp("images"), 20, classes=["a", "b"])
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +109,24 @@ def built(monkeypatch):
     """The models and averages that main() builds: [(model, ModelEmaV3), ...]."""
     seen = []
 
-    class Ema(train_dit.ModelEmaV3):
-        def __init__(self, model, **settings):
-            super().__init__(model, **settings)
-            seen.append((model, self))
+    def make_ema(model, decay):
+        seen.append((model, encoder.make_ema(model, decay)))
+        return seen[-1][1]
 
-    monkeypatch.setattr(train_dit, "ModelEmaV3", Ema)
+    monkeypatch.setattr(train_dit, "make_ema", make_ema)
+    return seen
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The contents of every checkpoint that main() writes, and whether to write it: [{name: content}, ...]."""
+    seen = []
+
+    def save_checkpoint(files):
+        seen.append({path.name: content for path, content in files.items()})
+        encoder.save_checkpoint(files)
+
+    monkeypatch.setattr(train_dit, "save_checkpoint", save_checkpoint)
     return seen
 
 
@@ -130,23 +136,21 @@ def built(monkeypatch):
 
 RECIPE = dict(
     encoder="dinov2-b", size=256, model="DiT-DH-XL", epochs=80, batch=1024, lr=2e-4, lr_end=2e-5, warmup=0,
-    decay_start=40, decay_end=800, clip=1, ema=0.9995, label_dropout=0.1, shift_base=4096, precision="tf32",
+    decay_start="40", decay_end="800", clip=1, ema=0.9995, label_dropout=0.1, shift_base=4096, precision="tf32",
     stats_images=50000, qk_norm=False, unconditional=False, allow_narrow=False, checkpointing=False, seed=0,
-    stats=None, init=None, compile=None, keep_every=0, fid_every=0, fid_num=10000,
-)  # fmt: skip
+    stats=None, init=None, compile=None, keep_every=0, fid_every=0, fid_num=10000, save_every=None, log_every=None,
+    preview_every=None,
+)
 
 
-@pytest.mark.parametrize(
-    "flags, differs",
-    [
-        ([], {}),
-        (["--preset", "imagenet256"], {}),
-        (["--preset", "imagenet512"], dict(size=512, epochs=400)),
-        (["--model", "DiT-XL"], dict(model="DiT-XL", clip=0, ema=0.9999, decay_start=math.inf, decay_end=math.inf)),
-        (["--preset=imagenet512", "--model=DiT-B", "--ema=0.5"],
-         dict(size=512, epochs=400, model="DiT-B", clip=0, ema=0.5, decay_start=math.inf, decay_end=math.inf)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("flags, differs", [
+    ([], {}),
+    (["--preset", "imagenet256"], {}),
+    (["--preset", "imagenet512"], dict(size=512, epochs=400)),
+    (["--model", "DiT-XL"], dict(model="DiT-XL", clip=0, ema=0.9999, decay_start="inf", decay_end="inf")),
+    (["--preset=imagenet512", "--model=DiT-B", "--ema=0.5"],
+     dict(size=512, epochs=400, model="DiT-B", clip=0, ema=0.5, decay_start="inf", decay_end="inf")),
+])
 def test_defaults_are_the_recipe(flags, differs):
     _, args = train_dit.parse_args(["--data", "x", *flags])
     resolved = {key: value for key, value in vars(args).items() if key in RECIPE}
@@ -156,18 +160,53 @@ def test_defaults_are_the_recipe(flags, differs):
 
 
 def test_learning_rate():
-    _, args = train_dit.parse_args(["--data", "x"])
+    def lr_at(epoch, *flags, steps=100):
+        """At an epoch of so many steps."""
+        args = train_dit.parse_args(["--data", "x", *flags])[1]
+        return train_dit.lr_at(round(epoch * steps), args, steps)
+
     for epoch, lr in [(0, 2e-4), (40, 2e-4), (80, 1.90526e-4), (420, 1.1e-4), (800, 2e-5), (900, 2e-5)]:
-        assert train_dit.lr_at(epoch, args) == pytest.approx(lr, rel=1e-5)
-    _, args = train_dit.parse_args(["--data", "x", "--warmup", "5"])
-    assert [train_dit.lr_at(epoch, args) for epoch in (0, 1, 5, 30)] == pytest.approx([0, 4e-5, 2e-4, 2e-4])
-    _, args = train_dit.parse_args(["--data", "x", "--model", "DiT-XL"])
-    assert train_dit.lr_at(0, args) == train_dit.lr_at(799, args) == 2e-4
+        assert lr_at(epoch) == lr_at(epoch, steps=1251) == pytest.approx(lr, rel=1e-5)
+    # Linear warm-up over 5 epochs of 100 steps: the first step has a 500th already, the 500th all of it.
+    for step, part in [(0, 1 / 500), (1, 2 / 500), (249, 0.5), (499, 1), (500, 1), (3000, 1)]:
+        assert lr_at(step / 100, "--warmup", "5") == pytest.approx(part * 2e-4)
+    assert lr_at(0, "--warmup", "0") == 2e-4
+    # Warm-up and decay multiply where they overlap.
+    both = ["--warmup", "5", "--decay-start", "0", "--decay-end", "10", "--lr-end", "0"]
+    assert lr_at(2.49, *both) == pytest.approx(2e-4 * 0.5 * (1 - 0.249))
+    assert lr_at(0, "--model", "DiT-XL") == lr_at(799, "--model", "DiT-XL") == 2e-4
+
+
+@pytest.mark.parametrize("epochs", [9, 100])
+def test_the_demo_decays_over_shares_of_its_length(epochs):
+    _, args = train_dit.parse_args(["--preset", "demo", "--epochs", str(epochs), "--warmup", "0"])
+    assert (args.decay_start, args.decay_end) == ("33%", "100%")
+    for share, lr in [(0.0, 3e-3), (0.33, 3e-3), (0.665, 1.55e-3), (0.999, 1.0433e-4), (1.0, 1e-4)]:
+        assert train_dit.lr_at(round(share * epochs * 1000), args, 1000) == pytest.approx(lr, rel=1e-3)
+
+
+def test_where_the_decay_may_lie(capsys):
+    def parse(start, end):
+        return train_dit.parse_args(["--preset", "demo", "--decay-start", start, "--decay-end", end])[1]
+
+    for start, end, points in [("40", "800", (40, 800)), ("inf", "inf", (math.inf, math.inf)), ("0%", "50%", (0, 4.5)),
+                               ("2.5", "100%", (2.5, 9)), ("3", "inf", (3, math.inf)), ("9", "100%", (9, 9))]:
+        args = parse(start, end)
+        assert tuple(train_dit.in_epochs(text, args) for text in (args.decay_start, args.decay_end)) == points
+    assert train_dit.lr_at(10**6, parse("inf", "inf"), 10) == 3e-3
+    assert train_dit.lr_at(10**6, parse("3", "inf"), 10) == 3e-3
+    for start, end, said in [("5", "4", "--decay-start 5 comes after --decay-end 4"),
+                             ("10", "100%", "--decay-start 10 comes after --decay-end 100%"),
+                             ("-1", "4", "argument --decay-start"), ("nan", "4", "argument --decay-start"),
+                             ("3", "x%", "argument --decay-end")]:
+        with pytest.raises(SystemExit) as exit:
+            parse(start, end)
+        assert exit.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_learning_rate_of_the_steps(tmp_path):
     train(tmp_path / "out", "--decay-start", 0.001, "--decay-end", 0.005, "--warmup", 0.002, steps=4)
-    lr = [0, 1.5e-3, 3e-3 - 2.7e-3 / 4, 3e-3 - 2.7e-3 / 2]
+    lr = [1.5e-3, 3e-3, 3e-3 - 2.7e-3 / 4, 3e-3 - 2.7e-3 / 2]
     assert [float(row["lr"]) for row in rows(tmp_path / "out")] == pytest.approx(lr, rel=1e-4)
 
 
@@ -175,14 +214,13 @@ def test_learning_rate_of_the_steps(tmp_path):
 # What is drawn, and the loss
 
 
-def by_hand(index, place, out):
+def by_hand(index, place, stats):
     """One image's part of the first step, from the definitions: latents x, noise, unshifted t, dropped, label."""
     key = int(np.random.SeedSequence((0, 0, place)).generate_state(1, np.uint64)[0]) >> 1
     image, label = encoder.Shapes(8000, 32).open(index)
     pixels = torch.from_numpy(np.asarray(image).copy())
     if np.random.default_rng(key).random() < 0.5:
         pixels = pixels.flip(1)
-    stats = read(out / "stat.pt")
     z = encoder.Encoder("random-tiny", 32)(pixels.permute(2, 0, 1)[None] / 255)[0]
     generator = torch.Generator().manual_seed(key)
     noise = torch.randn(SHAPE, generator=generator)
@@ -197,7 +235,7 @@ def test_logged_loss_of_the_first_step(base):
     order = np.random.default_rng((0, 0)).permutation(8000)[:8]
     losses, times = [], []
     for place, index in enumerate(order):
-        x, noise, t, *_ = by_hand(index, place, out)
+        x, noise, t, *_ = by_hand(index, place, read(out / "stat.pt"))
         losses.append((noise - x).square().mean().item())
         times.append(SHIFT * t / (1 + (SHIFT - 1) * t))
     row = rows(out)[0]
@@ -208,39 +246,46 @@ def test_logged_loss_of_the_first_step(base):
         assert (not inside and logged == "") or float(logged) == pytest.approx(np.mean(inside), rel=1e-4)
 
 
+def test_bins_of_time():
+    bins = train_dit.by_time(torch.arange(7.0), torch.tensor([0, 0.19, 0.2, 0.5, 0.79, 0.8, 1.0]))
+    assert {name: value[value.isfinite()].tolist() for name, value in bins.items()} == {
+        "loss_t0.0": [0, 1], "loss_t0.2": [2], "loss_t0.4": [3], "loss_t0.6": [4], "loss_t0.8": [5, 6]}
+
+
 def test_what_the_model_sees(tmp_path, monkeypatch):
     """x_t, t and labels of the first step, dropped ones included, from the definitions."""
     seen = []
     forward = dit.DiT.forward
     monkeypatch.setattr(dit.DiT, "forward", lambda self, *xty: seen.append(xty) or forward(self, *xty))
-    train(tmp_path / "out", "--batch", 32, "--micro-batch", 32, steps=4)
+    train(tmp_path / "out", "--batch", 32, "--micro-batch", 32, steps=1)
     x_t, t, labels = (value.detach() for value in seen[0])
     order = np.random.default_rng((0, 0)).permutation(8000)[:32]
     dropped = 0
     for place, index in enumerate(order):
-        x, noise, time_, drop, label = by_hand(index, place, tmp_path / "out")
-        time_ = SHIFT * time_ / (1 + (SHIFT - 1) * time_)
-        assert t[place].item() == pytest.approx(time_, rel=1e-5)
+        x, noise, time, drop, label = by_hand(index, place, read(tmp_path / "out" / "stat.pt"))
+        time = SHIFT * time / (1 + (SHIFT - 1) * time)
+        assert t[place].item() == pytest.approx(time, rel=1e-5)
         assert labels[place].item() == (CLASSES if drop else label)
-        torch.testing.assert_close(x_t[place], (1 - time_) * x + time_ * noise, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x_t[place], (1 - time) * x + time * noise, rtol=1e-4, atol=1e-4)
         dropped += drop
     assert 0 < dropped < 12
 
 
 def test_draws_depend_on_neither_batch_nor_rank():
-    _, args = train_dit.parse_args(["--preset", "demo"])
     whole = next(encoder.training_batches(100, 8, 8, range(5, 6), 0))
     parts = [list(encoder.training_batches(100, 8, micro, range(5, 6), 0, rank, 2)) for rank, micro in ((0, 1), (1, 3))]
     assert [item for batches in parts for batch in batches for item in batch] == whole
     generator = torch.Generator()
     keys = torch.tensor([key for _, key in whole])
-    at_once = train_dit.draw(keys, SHAPE, args, generator)
+    at_once = train_dit.draw(keys, SHAPE, 0.1, generator)
     for i in (7, 0, 3):
-        alone = train_dit.draw(keys[i : i + 1], SHAPE, args, generator)
+        alone = train_dit.draw(keys[i : i + 1], SHAPE, 0.1, generator)
         assert all(torch.equal(a[i], b[0]) for a, b in zip(at_once, alone, strict=True))
-    t, noise, drop = train_dit.draw(torch.arange(4000), (2, 1, 1), args, generator)
+    t, noise, drop = train_dit.draw(torch.arange(4000), (2, 1, 1), 0.1, generator)
     assert t.logit().mean().abs() < 0.06 and (t.logit().std() - 1).abs() < 0.04
     assert noise.mean().abs() < 0.04 and (noise.std() - 1).abs() < 0.03 and 0.08 < drop.float().mean() < 0.12
+    assert train_dit.draw(torch.arange(400), (2, 1, 1), 1.0, generator)[2].all()
+    assert not train_dit.draw(torch.arange(400), (2, 1, 1), 0.0, generator)[2].any()
 
 
 def test_statistics_of_the_latents(base):
@@ -260,28 +305,48 @@ def test_statistics_of_the_latents(base):
     assert_identical(stats, read(out / "dit.pt")["stats"])
 
 
+def test_given_statistics_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dit, "latent_statistics", None)
+    last = train(tmp_path / "out", "--stats", make_stats(tmp_path / "stat.pt"), steps=1)
+    assert (last["stats"]["var"] == 2).all() and (last["stats"]["mean"] == 0).all()
+
+
+def test_unconditional_training_sees_the_null_class_alone(tmp_path, decoder_path, monkeypatch):
+    seen = set()
+    forward = dit.DiT.forward
+    monkeypatch.setattr(dit.DiT, "forward", lambda self, x, t, y: seen.update(y.tolist()) or forward(self, x, t, y))
+    train(tmp_path / "out", "--unconditional", "--decoder", decoder_path, steps=1)
+    result = read(tmp_path / "out" / "dit.pt")
+    assert seen == {0} and result["config"]["num_classes"] == 0
+    assert result["label_dropout"] == 1 and result["classes"] == []
+    assert (tmp_path / "out" / "preview-0.00.png").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One step is the same step, however it is computed
 
 
 @pytest.mark.parametrize("flags", [["--micro-batch", "2"], ["--micro-batch", "3"], ["--checkpointing"]], ids=str)
 def test_accumulation_and_checkpointing_equal_the_whole_batch(flags, base, tmp_path, built):
-    _, whole = base
+    out, whole = base
     assert distance(train(tmp_path / "out", *flags, steps=3)["model"], whole["model"]) < 0.02
     assert built[0][0].checkpointing == ("--checkpointing" in flags)
+    for name in ("loss", "loss_t0.4"):  # means over all images of the step
+        ours, theirs = ([float(row[name] or 0) for row in rows(path)] for path in (tmp_path / "out", out))
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.fixture
 def gradients(monkeypatch):
     """The gradient of each step, before Adam, which turns small differences into large ones."""
-    seen, clip = [], torch.nn.utils.clip_grad_norm_
+    seen, clip = [], train_dit.clip_grad_norm_
 
     def spy(parameters, largest):
         parameters = list(parameters)
         seen.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
         return clip(parameters, largest)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    monkeypatch.setattr(train_dit, "clip_grad_norm_", spy)
     return seen
 
 
@@ -295,28 +360,14 @@ def test_accumulated_gradient(tmp_path, gradients):
         assert (whole - other).norm() < 1e-5 * whole.norm()
 
 
-def make_alive(path, **config):
-    """A dit.pt whose every part matters: random weights instead of the zeros of a new model."""
-    torch.manual_seed(1)
-    model = dit.DiT(*SHAPE[:2], CLASSES, **dit.SIZES["DiT-DH-tiny"] | config)
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    model.y_embedder.embedding_table.weight.data.normal_(std=2)
-    stats = {"mean": torch.zeros(SHAPE), "var": torch.ones(SHAPE)}
-    torch.save(dict(kind="dit", config=model.config, model=model.state_dict(), stats=stats, shift=2.0, encoder=RECORD,
-                    label_dropout=0.1, epoch=1.0), path)  # fmt: skip
-    return path
-
-
-def test_compiled_step_and_average(tmp_path, built, gradients, monkeypatch):
+def test_compiled_step_and_average(tmp_path, built, gradients, graphs, monkeypatch):
     """A compiled step equals an eager one, and the EMA neither runs the live weights nor moves with them."""
-    monkeypatch.setitem(dit.SIZES, "DiT-DH-tiny", dict(width=128, depth=1, heads=2))  # compiling takes its time
+    monkeypatch.setitem(dit.SIZES, "DiT-DH-tiny", dict(width=128, depth=2, heads=2))  # tracing takes its time
     alive = make_alive(tmp_path / "init.pt")
-    compiled, original = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(self) or original(self, **how))
     train(tmp_path / "compiled", "--compile", "--init", alive, steps=1)
-    assert compiled[-1:] == [*built[0][0].blocks] and len(compiled) == 1 + 3  # with the encoder's
+    assert len(graphs) == 2, "one for the blocks of the encoder, one for those of the model"
     train(tmp_path / "eager", "--init", alive, steps=1)
+    assert len(graphs) == 2
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
     losses = [float(rows(tmp_path / name)[0]["loss"]) for name in ("compiled", "eager")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -328,29 +379,9 @@ def test_compiled_step_and_average(tmp_path, built, gradients, monkeypatch):
             for parameter in model.parameters():
                 parameter += 0.1
             assert torch.equal(ema.module(*inputs), before)
-            assert not torch.equal(model(*inputs), live) and not torch.equal(before, live)
+            assert not torch.equal(model(*inputs), live)
         assert not any(parameter.requires_grad for parameter in ema.module.parameters())
-
-
-def test_average_is_the_formula(base):
-    """w' = decay w + (1 - decay) w_live from the first step on, from the seeded initial weights; it is what dit.pt has,
-    and dit-<epoch>.pt of each step."""
-    out, last = base
-    torch.manual_seed(0)
-    expected = dit.DiT(*SHAPE[:2], CLASSES, **MODEL).state_dict()
-    for epoch in ("0.001", "0.002", "0.003"):
-        kept = read(out / f"dit-{epoch}.pt")
-        assert kept["epoch"] == pytest.approx(float(epoch))
-    live = train_dit.torch.load(out / "last.pt", weights_only=True)["model"]
-    moved = read(out / "dit-0.003.pt")["model"]
-    before = read(out / "dit-0.002.pt")["model"]
-    for key in expected:
-        torch.testing.assert_close(moved[key], 0.995 * before[key] + 0.005 * live[key], rtol=1e-5, atol=1e-7)
-    first = read(out / "dit-0.001.pt")["model"]
-    assert torch.equal(first["t_embedder.W"], expected["t_embedder.W"])
-    shift = (first["final_layer.linear.weight"] - expected["final_layer.linear.weight"]).abs().max().item()
-    assert shift == pytest.approx(0.005 * 3e-3, rel=0.01)  # Adam's first step is lr
-    assert_identical(read(out / "dit.pt")["model"], last["ema"])
+        assert model.training and not ema.module.training
 
 
 def test_optimiser_and_clipping(base, tmp_path):
@@ -366,79 +397,83 @@ def test_optimiser_and_clipping(base, tmp_path):
     assert rows(tmp_path / "free")[0]["grad_norm"] == rows(tmp_path / "clipped")[0]["grad_norm"]
 
 
-def test_bf16_stays_near_float32(base, tmp_path):
-    out, _ = base
-    last = train(tmp_path / "out", "--precision", "bf16", "--qk-norm", steps=1)
-    ours, theirs = float(rows(tmp_path / "out")[0]["loss"]), float(rows(out)[0]["loss"])
-    assert ours == pytest.approx(theirs, rel=5e-3) and ours != theirs
-    assert all(value.dtype == torch.float32 for value in [*last["model"].values(), *last["ema"].values()])
-
-
-def test_bf16_latents_stay_within_the_stated_error():
-    vit = encoder.Encoder("random-tiny", 32)
-    images = torch.stack([torch.from_numpy(np.array(encoder.Shapes(8, 32).open(i)[0])) for i in range(8)])
-    images = images.permute(0, 3, 1, 2) / 255
-    with torch.autocast("cpu", torch.bfloat16):
-        low = vit(images)
-    error = ((low - vit(images)).square().mean() / vit(images).square().mean()).sqrt().item()
-    assert 0 < error < 0.0035 and low.dtype == torch.float32
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def start(*flags, **environment):
-    command = [sys.executable, str(ROOT / "train_dit.py"), *TINY, *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | environment
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def wait_for(out, step, *processes):
-    """Until log.csv has this step."""
-    limit = time.time() + 150
-    while time.time() < limit and not any(process.poll() for process in processes):
-        if (out / "log.csv").exists() and len(rows(out)) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError([process.kill() or process.communicate()[0][-3000:] for process in processes])
+def test_bf16_stays_near_float32(tmp_path, gradients):
+    alive = make_alive(tmp_path / "init.pt", qk_norm=True)
+    for precision in ("float32", "bf16"):
+        last = train(tmp_path / precision, "--precision", precision, "--qk-norm", "--init", alive, steps=1)
+        assert all(value.dtype == torch.float32 for value in [*last["model"].values(), *last["ema"].values()])
+    full, low = (float(rows(tmp_path / precision)[0]["loss"]) for precision in ("float32", "bf16"))
+    assert low == pytest.approx(full, rel=5e-3) and low != full
+    assert 0 < (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
 
 
 def test_two_processes_equal_one_and_stop_together(tmp_path):
     """Two gloo processes, of which only the second gets a SIGTERM: both save and exit with 0, having done what one
     process does with the whole batch."""
-    port = free_port()
-    ranks = [
-        start("--out", tmp_path / "two", "--micro-batch", 2, "--epochs", 0.3, "--save-every", 1, RANK=str(rank),
-              LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for rank in range(2)
-    ]  # fmt: skip
-    wait_for(tmp_path / "two", 4, *ranks)
+    two = tmp_path / "two"
+    ranks = start_ranks("train_dit.py", *TINY, "--out", two, "--micro-batch", 2, "--epochs", 0.3)
+    wait_for(lambda: (two / "log.csv").exists() and len(rows(two)) >= 4, *ranks)
     ranks[1].send_signal(signal.SIGTERM)
-    printed = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], printed
-    two = read(tmp_path / "two" / "last.pt")
-    assert 4 <= two["step"] < 300
-    assert f"stopped and saved at step {two['step']}; the same command resumes" in printed[0]
+    printed = finish(*ranks)
+    last = read(two / "last.pt")
+    assert 4 <= last["step"] < 300
+    assert f"stopped and saved at step {last['step']}; the same command resumes" in printed[0]
     assert "2 processes x 2 x 2" in printed[0] and "stopped" not in printed[1]
 
-    one = train(tmp_path / "one", steps=two["step"])
-    assert distance(one["model"], two["model"]) < 0.1
-    assert distance(one["ema"], two["ema"]) < 0.01
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+    one = train(tmp_path / "one", steps=last["step"])
+    assert distance(one["model"], last["model"]) < 0.1
+    assert distance(one["ema"], last["ema"]) < 0.1
+    for a, b in zip(rows(tmp_path / "one"), rows(two), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-4)
         assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The average of the weights
+
+
+def test_average_is_the_formula(base, tmp_path):
+    """w' = d w + (1 - d) w_live with d = n / (9 + n) at update n = 0, 1, ..., at most --ema; dit.pt has it."""
+    capped = train(tmp_path / "out", "--keep-every", 0.001, "--ema", 0.05, steps=3)
+    for out, last, decay in [(*base, 2 / 11), (tmp_path / "out", capped, 0.05)]:
+        first, second, third = (read(out / f"dit-0.00{i}.pt")["model"] for i in (1, 2, 3))
+        for key, live in last["model"].items():
+            expected = decay * second[key] + (1 - decay) * live
+            torch.testing.assert_close(third[key], expected, rtol=1e-5, atol=1e-7)
+        assert_identical(read(out / "dit.pt")["model"], last["ema"])
+        assert distance(third, last["model"]) > 1e-3
+    one = train(tmp_path / "one", steps=1)
+    assert_identical(one["ema"], one["model"])  # of the initial weights nothing is left
+    assert_identical(first, one["model"])
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory):
+    """A hundred steps of the demo with a smaller batch, and its own intervals; (folder, last.pt)."""
+    out = tmp_path_factory.mktemp("hundred")
+    flags = "--preset demo --batch 8 --micro-batch 8 --stats-images 100 --device cpu --epochs 0.1".split()
+    train_dit.main([*flags, "--out", str(out)])
+    return out, read(out / "last.pt")
+
+
+def test_average_of_a_short_run_is_no_worse_than_its_weights(hundred):
+    _, last = hundred
+    images = torch.stack([torch.from_numpy(np.array(encoder.Shapes(8000, 32).open(i)[0])) for i in range(7900, 8000)])
+    x = dit.normalize(encoder.Encoder("random-tiny", 32)(images.permute(0, 3, 1, 2) / 255), last["stats"])
+    t, noise, _ = train_dit.draw(torch.arange(len(x)), SHAPE, 0.1, torch.Generator())
+    labels, model = torch.arange(7900, 8000) % CLASSES, dit.DiT(*SHAPE[:2], CLASSES, **MODEL)
+    losses = {}
+    with torch.no_grad():
+        for name in ("model", "ema"):
+            model.load_state_dict(last[name])
+            losses[name] = dit.flow_matching_loss(model, x, labels, dit.time_shift(t, SHIFT), noise).mean().item()
+    print(losses)
+    assert losses["model"] < 1.7, "it has learnt: a new model has 2"
+    assert losses["ema"] < 1.1 * losses["model"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What it writes
-
-
-def make_stats(path, shape=SHAPE):
-    torch.save({"mean": None, "var": torch.full(shape, 2.0)}, path)
-    return path
 
 
 def test_finished_run_says_so(base, capsys):
@@ -450,24 +485,68 @@ def test_finished_run_says_so(base, capsys):
 def test_log(base):
     out, _ = base
     table = rows(out)
-    assert list(table[0]) == [
-        "step", "epoch", "loss", "loss_t0.0", "loss_t0.2", "loss_t0.4", "loss_t0.6", "loss_t0.8", "lr", "grad_norm",
-        "images_per_s", "memory_gb", "skipped", "replaced", "fid",
-    ]  # fmt: skip
+    assert [name for name in table[0] if name != "memory_gb"] == [
+        "step", "epoch", "loss", "loss_t0.0", "loss_t0.2", "loss_t0.4", "loss_t0.6", "loss_t0.8", "grad_norm", "lr",
+        "fid", "images_per_s", "skipped",
+    ]
     assert [(row["step"], row["epoch"]) for row in table] == [("1", "0.0010"), ("2", "0.0020"), ("3", "0.0030")]
-    assert all(float(row["images_per_s"]) > 0 and 0.1 < float(row["memory_gb"]) < 20 for row in table)
+    assert all(float(row["images_per_s"]) > 0 and not row.get("memory_gb") for row in table)
+    assert all((row["skipped"], row["lr"], row["fid"]) == ("0", "0.003", "") for row in table)
 
 
-def test_log_line_and_interval(tmp_path, capsys):
-    train(tmp_path / "every", steps=4)
-    every = rows(tmp_path / "every")
-    capsys.readouterr()
-    train(tmp_path / "fourth", "--log-every", 4, steps=4)
-    (row,) = rows(tmp_path / "fourth")
-    for name in ("loss", "grad_norm"):
-        assert float(row[name]) == pytest.approx(np.mean([float(r[name]) for r in every]), abs=1e-4)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert all(f" {word} " in line for word in ("epoch", "loss", "lr", "images_per_s", "memory_gb", "left"))
+def test_log_line_and_interval(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(encoder.time, "perf_counter", itertools.count(0, 60).__next__)  # a clock of minutes
+    train(tmp_path / "out", "--log-every", 2, steps=3)
+    every, table = rows(base[0]), rows(tmp_path / "out")
+    assert [row["step"] for row in table] == ["2", "3"]
+    for row, steps in zip(table, (every[:2], every[2:]), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert float(row[name]) == pytest.approx(np.mean([float(step[name]) for step in steps]), abs=1e-4)
+    line, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert all(f" {word} " in line for word in ("epoch", "loss", "lr", "images_per_s")) and "left" not in last
+    assert line.endswith(" left 0:01:00"), "one step; the two before it took one minute each, and the pauses none"
+
+
+def test_a_short_run_has_twenty_rows_and_one_checkpoint(hundred):
+    out, _ = hundred
+    assert [int(row["step"]) for row in rows(out)] == list(range(5, 101, 5))
+    assert float(rows(out)[-1]["loss"]) < float(rows(out)[0]["loss"])
+
+
+def due(epochs_given, steps_per_epoch, total):
+    """The steps after which an interval of checkpoints ends."""
+    _, args = train_dit.parse_args(["--preset", "demo", "--batch", "8", "--epochs", str(total / steps_per_epoch),
+                                    *(["--save-every", str(epochs_given)] if epochs_given else [])])
+    args.world_size = 1
+    plan = encoder.Plan(args, steps_per_epoch * 8)
+    assert plan.total == total and plan.log_every == min(100, total // 20)
+    return [step for step in range(1, total + 1) if plan.due(step, plan.save_every)]
+
+
+def test_checkpoints_are_an_epoch_but_at_least_500_steps_apart():
+    assert due(None, 100, 1700) == [500, 1000, 1500]
+    assert due(None, 600, 1900) == [600, 1200, 1800]
+    assert due(1, 100, 250) == [100, 200]
+    assert due(0.5, 600, 1000) == [300, 600, 900]
+
+
+@pytest.fixture
+def blank(monkeypatch):
+    """Previews are black: drawing them takes its time."""
+    monkeypatch.setattr(train_dit, "draw_samples", lambda *arguments: torch.zeros(16, 32, 32, 3, dtype=torch.uint8))
+
+
+def test_given_intervals_are_kept(tmp_path, saved, decoder_path, blank, monkeypatch):
+    monkeypatch.setattr(train_dit, "load_statistics", lambda path: None)
+    monkeypatch.setattr(train_dit, "load_inception", lambda weights, device: None)
+    monkeypatch.setattr(train_dit, "online_fid", lambda *arguments: 12.5)
+    flags = ["--save-every", 0.002, "--keep-every", 0.003, "--preview-every", 0.004, "--decoder", decoder_path]
+    train(tmp_path / "out", *flags, "--fid-every", 0.005, "--fid-reference", "x.npz", steps=7)
+    assert [row["step"] for row in rows(tmp_path / "out") if row["fid"] == "12.5"] == ["5", "7"]
+    assert [files["last.pt"]["step"] for files in saved] == [2, 3, 4, 6, 7]
+    assert [list(files) for files in saved] == [
+        ["stat.pt", "dit.pt", *kept, "last.pt"] for kept in ([], ["dit-0.003.pt"], [], ["dit-0.006.pt"], [])]
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"preview-0.00.png", "preview-0.01.png"}
 
 
 def test_keep_every_has_round_names_and_the_last_epoch(folder, tmp_path):
@@ -477,133 +556,144 @@ def test_keep_every_has_round_names_and_the_last_epoch(folder, tmp_path):
     kept = {path.name: read(path)["epoch"] for path in (tmp_path / "out").glob("dit-*.pt")}
     steps = {"dit-1.pt": 3, "dit-2.pt": 7, "dit-3.pt": 10, "dit-4.pt": 13}
     assert kept == {name: pytest.approx(step * 6 / 20) for name, step in steps.items()}
+    assert read(tmp_path / "out" / "dit.pt")["classes"] == ["a", "b"]
 
 
-def test_given_statistics_are_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "latent_statistics", None)
-    last = train(tmp_path / "out", "--stats", make_stats(tmp_path / "stat.pt"), steps=1)
-    assert (last["stats"]["var"] == 2).all() and (last["stats"]["mean"] == 0).all()
-
-
-def test_unconditional(tmp_path, decoder_path, monkeypatch):
-    seen = set()
-    forward = dit.DiT.forward
-    monkeypatch.setattr(dit.DiT, "forward", lambda self, x, t, y: seen.update(y.tolist()) or forward(self, x, t, y))
-    train(tmp_path / "out", "--unconditional", "--decoder", decoder_path, steps=2)
-    assert seen == {0} and read(tmp_path / "out" / "dit.pt")["config"]["num_classes"] == 0
-
-
-def test_init(folder, tmp_path, built):
-    """Our files and published ones; the class table is new where the counts differ."""
-    source = read(make_alive(tmp_path / "ours.pt"))
-    torch.save({"ema": published_dit(dit.load_dit(tmp_path / "ours.pt")[0])}, tmp_path / "published.pt")
-    table = "y_embedder.embedding_table.weight"
-    stats = make_stats(tmp_path / "stat.pt")
-    for name, flags in (("ours.pt", ()), ("published.pt", ("--stats", stats))):
-        out = tmp_path / name.split(".")[0]
-        last = train(out, "--init", tmp_path / name, *flags, "--lr", 1e-9, "--lr-end", 0, steps=1)
-        torch.testing.assert_close(built[-1][0].state_dict(), source["model"], rtol=0, atol=1e-8)
-        torch.testing.assert_close(
-            last["stats"], source["stats"] if name == "ours.pt" else encoder.load_stats(stats, SHAPE)
-        )
-    flags = ["--data", folder, "--workers", 0, "--epochs", 0.1]
-    train(tmp_path / "two", *flags, "--init", tmp_path / "ours.pt", "--lr", 1e-9, "--lr-end", 0)
-    state = built[-1][0].state_dict()
-    assert state.pop(table).shape == (3, MODEL["width"]) and state.keys() == source["model"].keys() - {table}
-    torch.testing.assert_close(state, {key: source["model"][key] for key in state}, rtol=0, atol=1e-8)
-
-    os.remove(tmp_path / "ours.pt")  # which a resumed run needs no more
-    assert train(tmp_path / "ours", "--init", tmp_path / "ours.pt", "--lr", 1e-9, "--lr-end", 0, steps=2)["step"] == 2
+def test_a_run_goes_on_with_the_same_classes_alone(folder, tmp_path, capsys):
+    """Another folder may take the place of the images, if the number of images and the classes' names are the same."""
+    out, flags = tmp_path / "out", ["--workers", 0, "--batch", 10, "--stats", make_stats(tmp_path / "stat.pt")]
+    train(out, *flags, "--data", folder, "--epochs", 0.5)
+    before = (out / "last.pt").read_bytes()
+    others = make_images(tmp_path / "others", 20, classes=["a", "c"])
+    line = refused(capsys, *flags, "--data", others, "--epochs", 1, "--out", out)
+    assert f"{out} holds a run with other settings (classes ['a', 'b'], now ['a', 'c'])" in line
+    assert f"--init {out}/dit.pt to go on from its weights" in line
+    fewer = make_images(tmp_path / "fewer", 18, classes=["a", "b"])
+    assert "(images 20, now 18)" in refused(capsys, *flags, "--data", fewer, "--epochs", 1, "--out", out)
+    assert (out / "last.pt").read_bytes() == before
+    moved = make_images(tmp_path / "moved", 20, classes=["a", "b"])
+    assert train(out, *flags, "--data", moved, "--epochs", 1)["step"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures, guidance, FID
+# Fine-tuning
 
 
-def draw(out, *flags):
-    """sample.py's command line, to an npz."""
-    sample.main(["--preset", "demo", "--steps", "3", "--out", str(out), "--device", "cpu", *map(str, flags)])
-    with np.load(out) as file:
-        return file["arr_0"].astype(int)
+STILL = ["--lr", 1e-9, "--lr-end", 0]  # the weights stay where they start
 
 
-def test_guidance_through_the_command_line(tmp_path, decoder_path):
-    make_alive(tmp_path / "dit.pt")
-    torch.manual_seed(7)
-    weak = read(tmp_path / "dit.pt")
-    weak["model"] = {key: value + 0.05 * torch.randn_like(value) for key, value in weak["model"].items()}
-    torch.save(weak, tmp_path / "weak.pt")
-    flags = ["--dit", tmp_path / "dit.pt", "--decoder", decoder_path, "--num", 4]
-    model, info = dit.load_dit(tmp_path / "dit.pt")
-    network, _ = decoder.load_decoder(decoder_path)
-    plain = train_dit.draw_samples(model, network, info["stats"], 2.0, 0, range(4), [0, 1, 2, 3], steps=3)
-    plain = plain.numpy().astype(int)
+def test_init_takes_weights_statistics_and_time_shift(tmp_path, built):
+    """Of our files. Of published ones the weights; the statistics are given, and the time shift is of the latents."""
+    source = read(make_alive(tmp_path / "ours.pt"))
+    torch.save({"ema": published_dit(dit.load_dit(tmp_path / "ours.pt")[0])}, tmp_path / "published.pt")
+    stats = make_stats(tmp_path / "stat.pt")
+    ours = train(tmp_path / "ours", "--init", tmp_path / "ours.pt", *STILL, steps=1)
+    published = train(tmp_path / "published", "--init", tmp_path / "published.pt", "--stats", stats, *STILL, steps=1)
+    for last, name in ((ours, "ours"), (published, "published")):
+        torch.testing.assert_close(last["model"], source["model"], rtol=0, atol=1e-8)
+        expected = source["stats"] if name == "ours" else encoder.load_stats(stats, SHAPE)
+        assert_identical(last["stats"], expected)
+        assert last["shift"] == read(tmp_path / name / "dit.pt")["shift"] == (3.0 if name == "ours" else SHIFT)
+    given = train(tmp_path / "given", "--init", tmp_path / "ours.pt", "--stats", stats, *STILL, steps=1)
+    assert_identical(given["stats"], encoder.load_stats(stats, SHAPE))  # what is given goes first
 
-    one = draw(tmp_path / "one.npz", *flags, "--scale", 1)
-    np.testing.assert_array_equal(one, plain)
-    almost = draw(tmp_path / "almost.npz", *flags, "--scale", 1.000001)  # here the formula is evaluated
-    assert abs(almost - plain).max() <= 1
-    self_guided = draw(tmp_path / "self.npz", *flags, "--scale", 1.5, "--guide", tmp_path / "dit.pt")
-    assert abs(self_guided - plain).max() <= 1
-    for name, extra in (("cfg", []), ("weak", ["--guide", tmp_path / "weak.pt"])):
-        two = draw(tmp_path / f"{name}.npz", *flags, "--scale", 2, *extra)
-        assert abs(two - plain).mean() > 1
-        nowhere = draw(tmp_path / f"{name}0.npz", *flags, "--scale", 2, "--interval", 0.01, 0.02, *extra)
-        np.testing.assert_array_equal(nowhere, plain)
+    os.remove(tmp_path / "ours.pt")  # which a resumed run needs no more
+    resumed = train(tmp_path / "ours", "--init", tmp_path / "ours.pt", *STILL, steps=2)
+    assert resumed["step"] == 2 and resumed["shift"] == 3.0
+    assert_identical(resumed["stats"], source["stats"])
 
 
-def test_previews_show_the_average(tmp_path, decoder_path):
-    train(tmp_path / "out", "--decoder", decoder_path, "--preview-every", 0.002, "--init",
-          make_alive(tmp_path / "init.pt"), steps=3)  # fmt: skip
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"preview-0.00.png"}
-    model, info = dit.load_dit(tmp_path / "out" / "dit.pt")
+def test_init_with_another_number_of_classes_keeps_the_null_class(folder, tmp_path):
+    source = read(make_alive(tmp_path / "ours.pt"))
+    flags = ["--data", folder, "--workers", 0, "--batch", 20, "--epochs", 1]
+    state = train(tmp_path / "out", *flags, "--init", tmp_path / "ours.pt", *STILL)["model"]
+    table = state.pop(TABLE)
+    torch.testing.assert_close(state, {key: source["model"][key] for key in state}, rtol=0, atol=1e-8)
+    torch.manual_seed(0)
+    new = dit.DiT(*SHAPE[:2], 2, **MODEL).state_dict()[TABLE]
+    expected = torch.cat([new[:2], source["model"][TABLE][-1:]])
+    torch.testing.assert_close(table, expected, rtol=0, atol=1e-8)
+    assert read(tmp_path / "out" / "dit.pt")["config"]["num_classes"] == 2
+
+
+def test_init_that_does_not_fit_is_refused(tmp_path, capsys):
+    def line(path, *flags):
+        said = refused(capsys, "--init", path, *flags, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return said
+
+    make_alive(tmp_path / "ours.pt")
+    torch.save(published_dit(dit.load_dit(tmp_path / "ours.pt")[0]), tmp_path / "bare.pt")
+    assert f"--init {tmp_path / 'bare.pt'} has no latent statistics with it: give them with --stats" in line(
+        tmp_path / "bare.pt")
+    path = make_alive(tmp_path / "deep.pt", depth=4)
+    assert f"--init {path} is another model: depth 4 instead of 3; choose --model, --size, ... to match" in line(path)
+    assert "is another model: qk_norm False instead of True" in line(tmp_path / "ours.pt", "--qk-norm")
+    torch.save(read(tmp_path / "ours.pt") | dict(encoder=RECORD | dict(name="mae-b")), tmp_path / "mae.pt")
+    assert "draws latents of mae-b: choose --encoder to match" in line(tmp_path / "mae.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and FID
+
+
+def test_previews_show_the_average_and_say_whose_decoder(tmp_path, decoder_path, capsys):
+    out = tmp_path / "out"
+    alive = make_alive(tmp_path / "init.pt")
+    train(out, "--decoder", decoder_path, "--init", alive, steps=3)
+    assert f"previews by {decoder_path}\n" in capsys.readouterr().out
+    assert {path.name for path in out.glob("*.png")} == {"preview-0.00.png"}
+    model, info = dit.load_dit(out / "dit.pt")
     network, _ = decoder.load_decoder(decoder_path)
     labels = [i * CLASSES // 16 for i in range(16)]
     noise = torch.stack([torch.from_numpy(np.random.default_rng((0, i)).standard_normal(SHAPE, dtype=np.float32))
-                         for i in range(16)])  # fmt: skip
-    z = dit.denormalize(dit.sample(dit.guided(model, torch.tensor(labels)), noise, 50, SHIFT), info["stats"])
+                         for i in range(16)])
+    z = dit.denormalize(dit.sample(dit.guided(model, torch.tensor(labels)), noise, 50, 3.0), info["stats"])
     expected = np.asarray(decoder.image_grid(decoder.to_uint8(network(z)), 8)).astype(int)
-    with Image.open(tmp_path / "out" / "preview-0.00.png") as picture:
+    with Image.open(out / "preview-0.00.png") as picture:
         assert abs(np.asarray(picture).astype(int) - expected).max() <= 1
+
     train(tmp_path / "none", "--decoder", decoder_path, "--preview-every", 0, steps=1)
     assert not list((tmp_path / "none").glob("*.png"))
+    capsys.readouterr()
+    train(tmp_path / "without", steps=1)
+    assert "no previews: no --decoder was given or found\n" in capsys.readouterr().out
 
 
-def test_online_fid(tmp_path, decoder_path):
-    """The value in log.csv is that of sample.py's images of the same checkpoint."""
-    shapes = json.loads((ROOT / "tests/golden/inception_state_shapes.json").read_text())
-    state = {}
-    for key, shape in shapes.items():  # the formula of tests/golden/README.md
-        rs = np.random.RandomState(zlib.crc32(key.encode()))
-        value = np.zeros(shape)
-        if key.endswith(("running_var", "bn.weight")):
-            value = 1 + 0.1 * rs.rand(*shape)
-        elif key.endswith(("running_mean", "bias")):
-            value = 0.1 * rs.standard_normal(shape)
-        elif not key.endswith("num_batches_tracked"):
-            value = rs.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
-        state[key] = torch.from_numpy(np.asarray(value, dtype=np.float32))
-    torch.save(state, tmp_path / "inception.pth")
-    inception = fid.load_inception(tmp_path / "inception.pth")
+def test_decoders_of_other_latents_are_refused(tmp_path, decoder_path, capsys):
+    C, grid, _ = SHAPE
+    file = read(decoder_path)
+    torch.save(file | dict(encoder=RECORD | dict(name="mae-b")), tmp_path / "name.pt")
+    for name, config in (("wide", (C + 1, grid)), ("fine", (C, 2 * grid))):
+        model = decoder.Decoder(*config, 8, 64, 1, 4, 128)
+        torch.save(dict(kind="decoder", config=model.config, model=model.state_dict(), encoder=RECORD),
+                   tmp_path / f"{name}.pt")
+    for name in ("name", "wide", "fine"):
+        line = refused(capsys, "--decoder", tmp_path / f"{name}.pt", "--out", tmp_path / "out")
+        assert "decodes other latents than those of random-tiny at 32 px" in line
+    assert not (tmp_path / "out").exists()
 
-    def features(images):
-        return inception(torch.as_tensor(images).permute(0, 3, 1, 2))[0].double().numpy()
 
-    real = features(np.stack([np.asarray(encoder.Shapes(4, 32).open(i)[0]) for i in range(4)]))
-    np.savez(tmp_path / "reference.npz", mu=real.mean(0), sigma=np.cov(real.T), features="inception")
-    train(tmp_path / "out", "--decoder", decoder_path, "--fid-every", 0.002, "--fid-reference",
-          tmp_path / "reference.npz", "--fid-num", 3, "--inception-weights", tmp_path / "inception.pth",
-          "--micro-batch", 2, "--init", make_alive(tmp_path / "init.pt"), steps=2)  # fmt: skip
-    table = rows(tmp_path / "out")
-    assert [row["step"] for row in table] == ["1", "2", "2"] and [bool(row["fid"]) for row in table] == [0, 0, 1]
-
-    drawn = draw(tmp_path / "s.npz", "--dit", tmp_path / "out" / "dit.pt", "--decoder", decoder_path, "--num", 3,
-                 "--scale", 1, "--steps", 50)  # fmt: skip
-    drawn = features(drawn.astype(np.uint8))
-    a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (real, drawn))  # low rank: the root's trace is |a b^T|_*
-    expected = ((real.mean(0) - drawn.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum()
-    expected -= 2 * np.linalg.norm(a @ b.T, "nuc")
-    assert float(table[-1]["fid"]) == pytest.approx(expected, rel=1e-3)
+def test_online_fid(tmp_path, decoder_path, inception_weights, monkeypatch):
+    """The distance in log.csv is that of sample.py's images of the same checkpoint from the given statistics."""
+    rng, measured = np.random.default_rng(0), []
+    reference = dict(mu=rng.normal(size=2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "reference.npz", features="inception", **reference)
+    monkeypatch.setattr(train_dit, "frechet_distance", lambda *statistics: measured.append(statistics) or 12.5)
+    train(tmp_path / "out", "--decoder", decoder_path, "--fid-every", 1, "--fid-reference",
+          tmp_path / "reference.npz", "--fid-num", 3, "--inception-weights", inception_weights,
+          "--preview-every", 0, "--micro-batch", 2, "--init", make_alive(tmp_path / "init.pt"), steps=1)
+    assert [(row["step"], row["fid"]) for row in rows(tmp_path / "out")] == [("1", ""), ("1", "12.5")]
+    sample.main(["--preset", "demo", "--dit", str(tmp_path / "out" / "dit.pt"), "--decoder", decoder_path, "--scale",
+                 "1", "--num-samples", "3", "--steps", "50", "--out", str(tmp_path / "s.npz"), "--device", "cpu"])
+    with np.load(tmp_path / "s.npz") as file:
+        images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+    drawn = fid.load_inception(inception_weights)(images)[0].double().numpy()
+    mean, covariance, mu, sigma = (np.asarray(value) for value in measured[0])
+    np.testing.assert_allclose(mean, drawn.mean(0), rtol=1e-3, atol=1e-4)
+    assert np.linalg.norm(covariance - np.cov(drawn.T)) < 2e-3 * np.linalg.norm(covariance)
+    np.testing.assert_array_equal(mu, reference["mu"])
+    np.testing.assert_array_equal(sigma, reference["sigma"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,20 +701,23 @@ def test_online_fid(tmp_path, decoder_path):
 
 
 def test_one_step_at_full_width(tmp_path, monkeypatch):
-    """C = 768, 256 tokens: DINOv2-B with random weights and DiT-DH-S, whose head is wide enough for Theorem 1."""
+    """C = 768, 256 tokens: DINOv2-B with random weights and DiT-DH-S, whose head is wide enough for Theorem 1, of one
+    block each."""
+    monkeypatch.setattr(train_dit, "Encoder", functools.partial(encoder.Encoder, depth=1))
+    monkeypatch.setitem(dit.SIZES, "DiT-DH-S", dit.SIZES["DiT-DH-S"] | dict(depth=1, head_depth=1))
     torch.manual_seed(0)
-    vit = timm.create_model("vit_base_patch14_reg4_dinov2.lvd142m", num_classes=0)
+    vit = timm.create_model("vit_base_patch14_reg4_dinov2.lvd142m", num_classes=0, depth=1)
     torch.save(vit.state_dict(), tmp_path / "vit.pt")
-    (tmp_path / "data").mkdir()
-    encoder.Shapes(1, 300).open(0)[0].save(tmp_path / "data" / "a.png")
-    saved = {}
-    monkeypatch.setattr(encoder, "save", saved.update)  # 4 GB that tell nothing
+    make_images(tmp_path / "data", 1, size=(300, 300))
+    written = {}
+    monkeypatch.setattr(train_dit, "save_checkpoint", written.update)  # 1.5 GB that tell nothing
     train_dit.main(["--data", str(tmp_path / "data"), "--encoder-weights", str(tmp_path / "vit.pt"), "--model",
                     "DiT-DH-S", "--batch", "1", "--micro-batch", "1", "--stats-images", "1", "--epochs", "1",
-                    "--workers", "0", "--log-every", "1", "--out", "out", "--device", "cpu"])  # fmt: skip
+                    "--workers", "0", "--log-every", "1", "--out", str(tmp_path / "out"), "--device", "cpu"])
     (row,) = rows(tmp_path / "out")
     assert 0 < float(row["loss"]) < 10 and float(row["lr"]) == 2e-4
-    result, last = (saved[train_dit.Path("out") / name] for name in ("dit.pt", "last.pt"))
+    result, last = (written[tmp_path / "out" / name] for name in ("dit.pt", "last.pt"))
     assert result["stats"]["mean"].shape == (768, 16, 16) and round(result["shift"], 2) == 6.93
-    written = last["model"]["final_layer.linear.weight"]
-    assert written.shape == (768, 2048) and written.abs().max() == pytest.approx(2e-4, rel=0.01)  # Adam's first step
+    assert result["model"]["blocks.0.attn.qkv.weight"].shape == (3 * 384, 384)
+    moved = last["model"]["final_layer.linear.weight"]
+    assert moved.shape == (768, 2048) and moved.abs().max() == pytest.approx(2e-4, rel=0.01)  # Adam's first step

@@ -254,6 +254,8 @@ def test_lpips_is_differentiable_and_frozen(lpips_weights):
     value = lpips(flat.detach(), flat)
     value.sum().backward()
     assert value.item() == 0 and flat.grad.abs().max() == 0
+    lpips.features[28].bias -= 1e6  # no channel passes the last ReLU anywhere: features of norm 0
+    assert lpips(a, b).isfinite().all()
 
 
 def test_inception_refuses_images_in_0_1(inception):

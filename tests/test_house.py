@@ -1,18 +1,18 @@
-"""The house: what each file imports, files copied out alone, compiled blocks."""
+"""The house: what each file imports and where it works, files of strangers, the look of the code."""
 
 import ast
+import importlib
 import os
 import shutil
-import subprocess
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from torch import nn
 
-import dit as dits
-import encoder as encoders
+TESTS = ROOT / "tests"
 
 ROOMS = {
     "encoder": set(), "decoder": set(), "dit": set(), "fid": {"encoder"}, "sample": {"encoder", "decoder", "dit"},
@@ -40,40 +40,61 @@ def test_who_may_enter_which_room(name):
     assert {path.stem for path in ROOT.glob("*.py")} == set(ROOMS)
 
 
-def test_files_work_when_copied_out_alone(tmp_path):
-    """encoder.py, decoder.py, dit.py, fid.py, each from an otherwise empty folder."""
-    code = ["import sys", "paths = sys.path[1:]"]
-    for name, use in {
-        "encoder": "encoder.Encoder('random-tiny', 32).grid",
-        "decoder": "decoder.Decoder(8, 2, 2, 32, 1, 2, 32).image_size",
-        "dit": "dit.DiT(8, 4, 3, 32, 1, 2).config['grid']",
-        "fid": "4",
-    }.items():
-        (tmp_path / name).mkdir()
-        shutil.copy(ROOT / f"{name}.py", tmp_path / name)
-        code += [f"sys.path = [{str(tmp_path / name)!r}, *paths]", f"import {name}", f"print({use})",
-                 f"del sys.modules[{name!r}]"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    run = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=environment, capture_output=True,
-                         text=True, timeout=120)
-    assert run.stdout.split() == ["4"] * 4, run.stderr[-2000:]
+def alone(name, folder, monkeypatch):
+    """The module of a file that lies alone in an otherwise empty folder; what it imports from here is out of reach."""
+    shutil.copy(ROOT / f"{name}.py", folder)
+    for module in ROOMS:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "path", [str(folder), *(path for path in sys.path if Path(path) not in (ROOT, TESTS))])
+    module = importlib.import_module(name)
+    assert Path(module.__file__).parent == folder
+    return module
 
 
-def test_compiled_blocks_keep_a_graph_for_each_shape():
-    """A smaller batch in between leaves no dynamic graph that would serve the usual one from then on."""
-    graphs, runs = [], []
-    torch._dynamo.reset()  # other tests' graphs
+USES = {
+    "encoder": lambda module: module.Encoder("random-tiny", 32)(torch.rand(1, 3, 32, 32)).shape == (1, 128, 4, 4),
+    "decoder": lambda module: module.Decoder(8, 2, 2, 32, 1, 2, 32)(torch.rand(1, 8, 2, 2)).shape == (1, 3, 4, 4),
+    "dit": lambda module: module.DiT(8, 4, 3, 32, 1, 2).config["grid"] == 4,
+    "fid": lambda module: module.psnr(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 255)).shape == (1,),
+}
 
-    def backend(module, inputs):
-        graphs.append(module)
-        number = len(graphs)
-        return lambda *values: runs.append(number) or module(*values)
 
-    model = dits.DiT(16, 2, 4, width=16, depth=2, heads=2)
-    with pytest.MonkeyPatch.context() as patch:
-        compile_module = nn.Module.compile
-        patch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, backend=backend, **how))
-        encoders.compile_blocks(model)
-    for batch in (4, 3, 4):
-        model(torch.randn(batch, 16, 2, 2), torch.rand(batch), torch.zeros(batch).long())
-    assert runs == [1, 1, 2, 2, 1, 1]  # two blocks each
+@pytest.mark.parametrize("name", USES)
+def test_files_work_when_copied_out_alone(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert USES[name](alone(name, tmp_path, monkeypatch))
+
+
+def test_files_import_where_unix_s_modules_and_calls_are_missing(monkeypatch):
+    """As on Windows and macOS."""
+    for module in ("fcntl", "resource", "pwd", "grp", "termios"):
+        monkeypatch.setitem(sys.modules, module, None)  # its import fails
+    for call in ("fork", "pwrite", "sched_getaffinity"):
+        monkeypatch.delattr(os, call, raising=False)
+    monkeypatch.delattr(signal, "sigwaitinfo", raising=False)
+    for name in ROOMS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ROOMS:
+        importlib.import_module(name)
+    assert importlib.import_module("encoder").default_workers() == 0
+    images = sys.modules["encoder"].Images(sys.modules["encoder"].Shapes(2, 8), lambda image, rng: image)
+    assert len(list(sys.modules["encoder"].make_loader(images, [[(0, 0)], [(1, 1)]], None, "cpu"))) == 2
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_no_file_of_a_stranger_runs_code(name):
+    """Every torch.load says weights_only=True, every np.load leaves pickles alone."""
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".load", "load_state_dict_from_url")):
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if ast.unparse(node.func).startswith("torch."):
+                assert given.get("weights_only") == "True", ast.unparse(node)
+            assert given.get("allow_pickle", "False") == "False", ast.unparse(node)
+
+
+def test_lines_end_at_120_and_are_laid_out_by_hand():
+    for path in [*ROOT.glob("*.py"), *TESTS.glob("*.py")]:
+        text = path.read_text()
+        long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 120]
+        assert not long, f"{path.name}, lines {long}"
+        assert "fmt: " + "skip" not in text and "fmt: " + "off" not in text, path.name

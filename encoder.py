@@ -392,7 +392,8 @@ class Encoder(nn.Module):
         if model.endswith(".mae"):
             options = dict(norm_layer=functools.partial(nn.LayerNorm, eps=1e-12)) | options
         if name == "random-tiny":
-            options = dict(patch_size=8, embed_dim=128, depth=3, num_heads=4, class_token=False, global_pool="")
+            tiny = dict(patch_size=8, embed_dim=128, depth=3, num_heads=4, class_token=False, global_pool="")
+            options = tiny | options
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the weights of random-tiny
             self.vit = timm.create_model(model, num_classes=0, **options)
@@ -560,7 +561,8 @@ def number(kind, low, above=False, below=2**63):
         except ValueError:
             value = math.nan  # it fails every comparison
         if not (value > low if above else value >= low) or not value < below:
-            bound = f"{'above' if above else 'of at least'} {low}" + f" and below {below}" * (below < 2**63 or value >= below)
+            limit = f" and below {below}" * (below < 2**63 or value >= below)
+            bound = f"{'above' if above else 'of at least'} {low}{limit}"
             raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} {bound}")
         return value
 
@@ -757,7 +759,8 @@ def describe(source):
     """The line that says what --data was read as."""
     names = ", ".join(f"{i} {name}" for i, name in enumerate(source.classes[:5]))
     more = ", ..." if len(source.classes) > 5 else ""
-    return f"{source.root}: {len(source)} images, {len(source.classes)} classes ({names}{more})"
+    known = "1 class" if len(source.classes) == 1 else f"{len(source.classes)} classes"
+    return f"{source.root}: {len(source)} images, {known} ({names}{more})"
 
 
 def resume(args, kind, result, **data):

@@ -361,7 +361,7 @@ def train(args):
     disc_start, gan_start = (round(epoch * plan.steps_per_epoch) for epoch in (args.disc_start, args.gan_start))
     say(describe(source))
     say(f"{args.model}, patch {patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-        f"{plan.words}; from step {start}")
+        f"{plan.words}; learning rate rises for {args.warmup * plan.steps_per_epoch:.0f} steps; from step {start}")
     if discriminator:
         few = ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""
         say(f"discriminator from step {disc_start}, its loss from step {gan_start}{few}")

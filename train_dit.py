@@ -224,9 +224,9 @@ def train(args):
     torch.manual_seed(args.seed)
     model = DiT(encoder.latent_dim, encoder.grid, num_classes, **SIZES[args.model], qk_norm=args.qk_norm,
                 allow_narrow=args.allow_narrow)
-    before = last or (start_from(args.init, model, args.encoder) if args.init else {})
-    shift = before.get("shift") or shift_for(shape, args.shift_base)
-    stats = before.get("stats")  # of --init's own images: its weights know latents that are normalised by these
+    origin = last or (start_from(args.init, model, args.encoder) if args.init else {})
+    shift = origin.get("shift") or shift_for(shape, args.shift_base)
+    stats = origin.get("stats")  # --init's weights know latents that are normalised by these
     if args.stats and not last:
         stats = load_stats(args.stats, shape)
     if args.init and not stats:
@@ -259,8 +259,9 @@ def train(args):
     ddp = distribute(model, device)
     if decoder and (args.rank == 0 or args.fid_every):
         decoder = decoder.to(device)
+    decay_start, decay_end = (in_epochs(t, args) * plan.steps_per_epoch for t in (args.decay_start, args.decay_end))
     say(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; time shift {shift:.2f}; "
-        f"{plan.words}; from step {start}")
+        f"{plan.words}; learning rate falls from step {decay_start:.0f} to {decay_end:.0f}; from step {start}")
 
     def checkpoint(done):
         result = dict(kind="dit", config=model.config, model=ema.module.state_dict(), stats=stats, shift=shift,
@@ -293,9 +294,9 @@ def train(args):
             labels = labels.where(~dropped, model.null_class)
             with autocast:
                 x = normalize(encoder(pixels.float() / 255), stats)  # (B, C, H, W)
-                # x_t = (1 - t) x + t noise; the model's v(x_t, t) against noise - x
+                # x_t = (1 - t) x + t noise; the loss is |v(x_t, t, labels) - (noise - x)|^2, its mean for each image
                 losses = flow_matching_loss(ddp, x, labels, t, noise)  # (B,)
-            (losses.sum() / plan.local_batch).backward()
+            (losses.sum() / plan.local_batch).backward()  # the mean over the ranks is that of the batch
             log.add(loss=losses, **by_time(losses.detach(), t))
         norm = clip_grad_norm_(model.parameters(), args.clip or math.inf)
         log.add(grad_norm=norm)

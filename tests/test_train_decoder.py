@@ -1,65 +1,68 @@
-"""train_decoder.py as it is run: main(argv) in this process and under torchrun, on tiny models with random weights."""
+"""train_decoder.py as it is run: main(argv) in this process and in two, on tiny models with random weights."""
 
-import csv
+import copy
 import functools
-import json
 import math
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import urllib.error
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import (ROOT, assert_close, assert_identical, finish, make_images, published_decoder, read, rows,
+                      save_tiny_dino, start_ranks)
 from PIL import Image
-from test_losses import save_tiny_dino
 
 import decoder as decoders
 import encoder as encoders
-import fid
-import sample
 import train_decoder
+from decoder import SIZES, Decoder, load_decoder
+from encoder import Encoder, ImageFolder, Shapes, center_crop, random_key
+from fid import LPIPS
 
 
-def save_images(folder, count, seed=0, size=(56, 48)):
-    """Smooth random PNG files, larger than what is trained on."""
-    folder.mkdir()
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8))
-        coarse.resize(size, Image.BICUBIC).save(folder / f"{i}.png")
-    return folder
+def smooth(images):
+    """In place of `quantize`, whose steps a rounding error may cross; tests/test_adversarial.py tests it alone."""
+    return 0.9 * images.clamp(-1, 1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def parts():
+    """The discriminator's fakes are not rounded to 8 bits; LPIPS, which is frozen, is read once for all runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_decoder, "quantize", smooth)
+        patch.setattr(train_decoder, "LPIPS", functools.cache(LPIPS))
+        yield
+
+
+@pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Ten images: with batches of 4, two and a half steps are an epoch."""
-    return save_images(tmp_path_factory.mktemp("data") / "photos", 10)
+    """Ten images, larger than what is trained on: with batches of 4, two and a half steps are an epoch."""
+    return make_images(tmp_path_factory.mktemp("data") / "photos", 10, size=(56, 48))
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """Files for --vgg-weights (the convolutions of VGG16 at their full size), --lpips-weights and --dino-weights."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    vgg = {}
-    for key, shape in json.loads((ROOT / "tests/golden/vgg16_state_shapes.json").read_text()).items():
-        if key.startswith("features."):
-            scale = math.sqrt(2 / math.prod(shape[1:])) if len(shape) > 1 else 0.05
-            vgg[key] = scale * torch.randn(shape)
-    torch.save(vgg, folder / "vgg.pt")
-    channels = fid.LPIPS.layers.values()
-    torch.save({f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(channels)}, folder / "heads.pt")
-    save_tiny_dino(folder / "dino.pt")
-    names = dict(vgg_weights="vgg.pt", lpips_weights="heads.pt", dino_weights="dino.pt")
-    return {flag: folder / name for flag, name in names.items()}
+@pytest.fixture(scope="module")
+def settings(photos):
+    """L1 alone: the demo's models at 16 pixels on the photos, five steps of four images, the first two to warm up."""
+    return dict(preset="demo", data=photos, size=16, resize=24, batch=4, micro_batch=4, epochs=2, warmup=0.8, lr=1e-3,
+                lr_end=3e-5, ema=0.25, workers=0, device="cpu", log_every=1, preview_every=0, save_every=99)
+
+
+@pytest.fixture(scope="module")
+def adversarial(settings, tmp_path_factory):
+    """With the discriminator: it trains from step 1 on, its loss reaches the decoder from step 2 on."""
+    dino = save_tiny_dino(tmp_path_factory.mktemp("dino") / "dino.pt")
+    return settings | dict(gan=0.75, disc_start=0.4, gan_start=0.8, tau=0.8, dino_weights=dino)
+
+
+@pytest.fixture(scope="module")
+def full(adversarial, lpips_weights):
+    """All three losses."""
+    return adversarial | dict(lpips=1, vgg_weights=lpips_weights[0], lpips_weights=lpips_weights[1])
 
 
 def flags(**values):
@@ -71,44 +74,25 @@ def flags(**values):
     return argv
 
 
-@pytest.fixture(scope="session")
-def settings(photos):
-    """L1 alone: the demo's models at 16 pixels on the photos, five steps of four images, the first to warm up."""
-    return dict(preset="demo", data=photos, size=16, batch=4, micro_batch=4, epochs=2, warmup=0.4, lr=1e-3, lr_end=3e-5,
-                ema=0.99, workers=0, device="cpu", log_every=1, preview_every=0, save_every=99)  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def full(settings, weights):
-    """All three losses on: the discriminator trains from step 1, its loss reaches the decoder from step 2."""
-    return settings | weights | dict(lpips=1, gan=0.75, disc_start=0.4, gan_start=0.8, tau=0.8)
-
-
 def train(out, settings, **changes):
     """Run the script in this process; returns last.pt."""
     train_decoder.main(flags(**settings | changes, out=out))
-    return torch.load(out / "last.pt", weights_only=True)
+    return read(out / "last.pt")
 
 
-def rows(out):
+def refused(capsys, out, settings, **changes):
+    """Run the script, which has to refuse in one line -> that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        train(out, settings, **changes)
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1, message
+    return message
+
+
+def numbers(out):
     """log.csv as dictionaries of numbers; what is empty is left out."""
-    with open(out / "log.csv") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def tensors(content, name=""):
-    """Every tensor of a nested checkpoint by its path."""
-    if torch.is_tensor(content):
-        return {name: content}
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    return {key: value for part, inner in items for key, value in tensors(inner, f"{name}.{part}").items()}
-
-
-def assert_identical(a, b):
-    a, b = tensors(a), tensors(b)
-    assert a.keys() == b.keys() and len(a) > 40
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
+    return [{key: float(value) for key, value in row.items() if value} for row in rows(out)]
 
 
 def relative(a, b, start):
@@ -129,29 +113,33 @@ def relative(a, b, start):
     return math.sqrt(apart / moved)
 
 
-@pytest.fixture(scope="session")
-def initial(tmp_path_factory, full):
-    """The weights before the first step: a run of one step, whose learning rate is zero."""
-    return train(tmp_path_factory.mktemp("initial") / "run", full, epochs=0.4, lpips=0)
+@pytest.fixture(scope="module")
+def initial(full):
+    """The weights before the first step, of a decoder from a grid of 2 x 2 to 16 pixels: the seed makes them."""
+    torch.manual_seed(0)
+    heads = train_decoder.Discriminator(full["dino_weights"]).heads
+    torch.manual_seed(0)
+    decoder = Decoder(128, 2, 8, **SIZES["ViT-tiny"])
+    return dict(model=decoder.state_dict(), ema=decoder.state_dict(), discriminator=heads.state_dict())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_process(tmp_path_factory, full):
     """The full recipe, five steps, in one process: (folder, last.pt)."""
     out = tmp_path_factory.mktemp("full") / "run"
     return out, train(out, full, preview_every=1)
 
 
-def stop_after(monkeypatch, step):
+def stop_after(patch, step):
     """Send this process a SIGTERM when the progress bar reaches `step`: training stops with the next step."""
 
-    class Bar(train_decoder.tqdm):
+    class Bar(encoders.tqdm):
         def update(self, n=1):
             super().update(n)
             if self.n == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train_decoder, "tqdm", Bar)
+    patch.setattr(encoders, "tqdm", Bar)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,19 +148,18 @@ def stop_after(monkeypatch, step):
 RECIPE = dict(
     encoder="dinov2-b", size=256, encoder_size=256, resize=384, model="ViT-XL", tau=0.8, lpips=1.0, gan=0.75,
     disc_start=6.0, gan_start=8.0, epochs=16, batch=512, lr=2e-4, lr_end=2e-5, beta1=0.9, beta2=0.95, warmup=1.0,
-    ema=0.9978, precision="tf32", seed=0, encoder_weights=None, lpips_weights=None, vgg_weights=None,
-    dino_weights=None, compile=None, checkpointing=False, workers=None, preview_every=1.0, save_every=1.0,
-    log_every=100, device="cpu",
-)  # fmt: skip
+    ema=0.9978, precision="tf32", seed=0, init=None, encoder_weights=None, lpips_weights=None, vgg_weights=None,
+    dino_weights=None, compile=None, checkpointing=False, workers=None, preview_every=None, save_every=None,
+    log_every=None, device="cpu")
 
 
 @pytest.mark.parametrize("preset, differs", {
     "imagenet256": dict(micro_batch=16),
     "imagenet512": dict(size=512, encoder_size=512, resize=768, micro_batch=4),
-}.items())  # fmt: skip
+}.items())
 def test_every_default_equals_the_recipe(preset, differs, tmp_path):
     _, args = train_decoder.parse_args(["--preset", preset, "--data", str(tmp_path), "--device", "cpu"])
-    expected = RECIPE | differs | dict(preset=preset, data=str(tmp_path), out=ROOT.__class__(f"runs/{preset}/decoder"))
+    expected = RECIPE | differs | dict(preset=preset, data=str(tmp_path), out=Path(f"runs/{preset}/decoder"))
     assert vars(args) == expected
     if preset == "imagenet256":
         plain = train_decoder.parse_args(["--data", str(tmp_path), "--device", "cpu"])[1]
@@ -181,7 +168,12 @@ def test_every_default_equals_the_recipe(preset, differs, tmp_path):
 
 def test_sizes_of_the_recipe():
     table = {"ViT-B": (768, 12, 12, 3072), "ViT-L": (1024, 24, 16, 4096), "ViT-XL": (1152, 28, 16, 4096)}
-    assert {name: tuple(decoders.SIZES[name].values()) for name in table} == table
+    assert {name: tuple(SIZES[name].values()) for name in table} == table
+
+
+def test_demo_starts_the_discriminator_within_its_epochs():
+    _, args = train_decoder.parse_args(["--preset", "demo", "--gan", "0.75"])
+    assert args.disc_start < args.gan_start < args.epochs and args.resize == args.size == 32
 
 
 def plain_recipe(settings, start, steps):
@@ -189,25 +181,24 @@ def plain_recipe(settings, start, steps):
 
     Returns the decoder's, its average's and the heads' state after each step.
     """
-    encoder = encoders.Encoder("random-tiny", 16)
-    lpips = fid.LPIPS(settings["vgg_weights"], settings["lpips_weights"])
+    encoder = Encoder("random-tiny", 16)
+    lpips = train_decoder.LPIPS(settings["vgg_weights"], settings["lpips_weights"])
     discriminator = train_decoder.Discriminator(settings["dino_weights"])
     discriminator.heads.load_state_dict(start["discriminator"])
-    decoder = decoders.Decoder(128, 2, 8, **decoders.SIZES["ViT-tiny"], mean=[0.5] * 3, std=[0.5] * 3)
+    decoder = Decoder(128, 2, 8, **SIZES["ViT-tiny"], mean=[0.5] * 3, std=[0.5] * 3)
     decoder.load_state_dict(start["model"])
-    average = {key: value.clone() for key, value in decoder.state_dict().items()}
+    average = {}
     adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0, foreach=False)
     optimizer, disc_optimizer = adamw(decoder.parameters()), adamw(discriminator.heads.parameters())
-    source = encoders.ImageFolder(settings["data"])
+    rates = types.SimpleNamespace(lr=1e-3, lr_end=3e-5, warmup=0.8, epochs=2)
+    source = ImageFolder(settings["data"])
     order = [i for epoch in range(3) for i in encoders.epoch_order(10, 0, epoch)]
     states = []
     for step in range(steps):
         positions = range(4 * step, 4 * step + 4)
-        keys = [encoders.random_key(0, *divmod(position, 10)) for position in positions]
-        crops = [
-            encoders.random_crop(source.open(order[position])[0], 24, 16, np.random.default_rng(key))
-            for position, key in zip(positions, keys, strict=True)
-        ]
+        keys = [random_key(0, *divmod(position, 10)) for position in positions]
+        crops = [encoders.random_crop(source.open(order[position])[0], 24, 16, np.random.default_rng(key))
+                 for position, key in zip(positions, keys, strict=True)]
         real = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2) / 255
         noise, uniforms = train_decoder.draw(torch.tensor(keys), (128, 2, 2), 0.8, torch.Generator())
         z = encoder(real)
@@ -216,151 +207,183 @@ def plain_recipe(settings, start, steps):
         loss = (fake - real).abs().mean() + lpips(2 * fake - 1, 2 * real - 1).mean()
         if step >= 2:
             gan = -discriminator.eval()(train_decoder.diffaug(2 * fake - 1, uniforms[0])).mean()
-            (g_rec,), (g_gan,) = (torch.autograd.grad(part, fake, retain_graph=True) for part in (loss, gan))
+            last = decoder.to_pixels.weight
+            (g_rec,), (g_gan,) = (torch.autograd.grad(part, last, retain_graph=True) for part in (loss, gan))
             loss = loss + 0.75 * g_rec.norm() / (g_gan.norm() + 1e-6) * gan
-        optimizer.param_groups[0]["lr"] = train_decoder.lr_at(step, 1e-3, 3e-5, 1, 5)
+        optimizer.param_groups[0]["lr"] = train_decoder.lr_at(step, rates, 2.5)
         decoder.zero_grad()
         loss.backward()
         optimizer.step()
+        decay = min(0.25, step / (9 + step))
         for key, value in decoder.state_dict().items():
-            average[key] = 0.99 * average[key] + 0.01 * value
+            average[key] = decay * average.get(key, 0) + (1 - decay) * value
 
         if step >= 1:
             with torch.no_grad():
-                clean = ((decoder(z).clamp(0, 1) * 255).round() / 127.5) - 1
+                clean = 0.9 * (2 * decoder(z) - 1).clamp(-1, 1)
             discriminator.train()
             # both kinds in one batch, since each forward is one power iteration of the spectral norm
             augmented = [train_decoder.diffaug(x, u) for x, u in ((2 * real - 1, uniforms[2]), (clean, uniforms[1]))]
             on_real, on_fake = discriminator(torch.cat(augmented)).chunk(2)
-            disc_optimizer.param_groups[0]["lr"] = train_decoder.lr_at(step - 1, 1e-3, 3e-5, 1, 5)
+            disc_optimizer.param_groups[0]["lr"] = train_decoder.lr_at(step - 1, rates, 2.5)
             discriminator.heads.zero_grad()
             (0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())).backward()
             disc_optimizer.step()
         heads = {key: value.clone() for key, value in discriminator.heads.state_dict().items()}
-        states.append(({key: value.clone() for key, value in decoder.state_dict().items()}, dict(average), heads))
+        states.append(dict(model={key: value.clone() for key, value in decoder.state_dict().items()},
+                           ema=dict(average), discriminator=heads))
     return states
 
 
-def assert_same_weights(last, model, ema, heads, initial):
-    for a, b, start in ((last["model"], model, "model"), (last["ema"], ema, "ema")):
-        assert relative(a, b, initial[start]) < 1e-3
-    assert relative(last["discriminator"], heads, initial["discriminator"]) < 1e-3
+def assert_same_weights(a, b, start):
+    for part in ("model", "ema", "discriminator"):
+        assert relative(a[part], b[part], start[part]) < 1e-3, part
 
 
 def test_full_recipe_equals_it_written_plainly(one_process, full, initial):
     """Five steps: L1 + LPIPS alone, then with the discriminator training, then with its loss on the decoder."""
     _, last = one_process
     assert last["step"] == 5 and last["skipped"] == 0
-    assert_same_weights(last, *plain_recipe(full, initial, 5)[-1], initial)
+    assert_same_weights(last, plain_recipe(full, initial, 5)[-1], initial)
 
 
 def test_log_of_the_full_recipe(one_process):
-    """All losses finite, each from its start on; both learning rates by the closed form."""
-    log = rows(one_process[0])
+    """All losses finite, each from its start on; both learning rates by the closed form, above 0 from the first on."""
+    log = numbers(one_process[0])
     assert [(row["step"], row["epoch"]) for row in log] == [(1, 0.4), (2, 0.8), (3, 1.2), (4, 1.6), (5, 2.0)]
     assert all(math.isfinite(value) for row in log for value in row.values())
-    cosine = [3e-5 + (1e-3 - 3e-5) * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
-    assert [row["lr"] for row in log] == pytest.approx([0, *cosine], rel=1e-3)
-    assert [row["lr_disc"] for row in log] == pytest.approx([0, 0, *cosine[:3]], rel=1e-3)
+    cosine = [3e-5 + (1e-3 - 3e-5) * (1 + math.cos(math.pi * i / 3)) / 2 for i in range(3)]
+    assert [row["lr"] for row in log] == pytest.approx([5e-4, 1e-3, *cosine], rel=1e-3)
+    assert [row["disc_lr"] for row in log[1:]] == pytest.approx([5e-4, 1e-3, *cosine[:2]], rel=1e-3)
     for step, row in enumerate(log):
-        assert {"l1", "lpips"} <= row.keys()
-        assert all((name in row) == (step >= 1) for name in ("disc", "real", "fake"))
+        assert {"l1", "lpips", "grad_norm", "images_per_s", "skipped"} <= row.keys() and "memory_gb" not in row
+        assert all((name in row) == (step >= 1) for name in ("disc", "real", "fake", "disc_norm", "disc_lr"))
         assert all((name in row) == (step >= 2) for name in ("gan", "gan_weight"))
 
 
 def test_previews_show_originals_above_reconstructions(one_process, photos):
-    out, last = one_process
-    assert sorted(path.name for path in out.glob("*.png")) == [f"preview-{e}.png" for e in ("0.80", "1.60", "2.00")]
+    out, _ = one_process
+    assert sorted(path.name for path in out.glob("*.png")) == [f"preview-{e}.png" for e in ("0.80", "2.00")]
     picture = np.asarray(Image.open(out / "preview-2.00.png"))
     assert picture.shape == (16 + 2 + 16, 8 * 18 - 2, 3)
-    source, decoder = encoders.ImageFolder(photos), decoders.load_decoder(out / "decoder.pt")[0]
+    source, decoder = ImageFolder(photos), load_decoder(out / "decoder.pt")[0]
     for column, i in enumerate(np.random.default_rng(0).permutation(10)[:8]):
-        image = np.array(encoders.center_crop(source.open(i)[0], 16))
+        image = np.array(center_crop(source.open(i)[0], 16))
         left = 18 * column
         assert np.array_equal(picture[:16, left : left + 16], image)
-        z = encoders.Encoder("random-tiny", 16)(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
+        z = Encoder("random-tiny", 16)(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
         decoded = decoders.to_uint8(decoder(z))[0].numpy()
         assert np.abs(picture[18:, left : left + 16].astype(int) - decoded).max() <= 1
 
 
 def test_checkpoints_hold_what_is_needed(one_process):
     out, last = one_process
-    decoder, info = decoders.load_decoder(out / "decoder.pt")
+    decoder, info = load_decoder(out / "decoder.pt")
     assert all(torch.equal(value, last["ema"][key]) for key, value in decoder.state_dict().items())
     assert info["encoder"]["name"] == "random-tiny" and info["encoder"]["mean"] == [0.5] * 3
+    assert (info["tau"], info["epoch"]) == (0.8, 2.0)
     assert not any(path.name.endswith(".tmp") for path in out.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, accumulation, precision, compilation
 
+TWO = """
+import json, os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+import torch.distributed as dist
+import conftest, encoder, train_decoder
 
-def torchrun(script, argv, **options):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(launch, env=env, capture_output=True, text=True, timeout=170, **options)
+rank, out = int(os.environ["RANK"]), Path({out!r})
+form = dist.init_process_group  # one group for all that follows
+dist.init_process_group = lambda *how, **more: dist.is_initialized() or form(*how, **more)
+leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
 
+dist.init_process_group("gloo")
+golden = dict()
+for file in sorted((conftest.ROOT / "tests/golden").glob("adaptive_weight*.npz")):
+    ddp = lambda model: encoder.distribute(model, torch.device("cpu"))
+    golden[file.name] = conftest.adaptive_weight_step(file, rank, 2, ddp)
+torch.save(golden, out / f"golden-{{rank}}.pt")
 
-def test_two_processes_end_with_the_weights_of_one(one_process, full, initial, tmp_path):
-    """The full recipe through torchrun, half the batch each: every forward that trains must go through DDP."""
-    run = torchrun(ROOT / "train_decoder.py", flags(**full | dict(out=tmp_path / "two", preview_every=1)))
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("2 processes x 1 x 2") == 1  # one of them speaks
-    one, two = one_process[1], torch.load(tmp_path / "two/last.pt", weights_only=True)
-    assert two["step"] == 5
-    assert_same_weights(two, one["model"], one["ema"], one["discriminator"], initial)
-    for a, b in zip(rows(tmp_path / "two"), rows(one_process[0]), strict=True):
-        for name in ("l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "grad_norm"):
-            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-2, abs=1e-4), (name, a, b)
+train_decoder.quantize = lambda images: 0.9 * images.clamp(-1, 1)
+train_decoder.main({whole!r})
 
-
-STOPPED = """
-import os, signal, sys
-import train_decoder
-
-class Bar(train_decoder.tqdm):
+class Bar(encoder.tqdm):
     steps = 0
     def update(self, n=1):
         super().update(n)
         self.steps += 1
-        if self.steps == 2 and os.environ["RANK"] == "1":
+        if self.steps == 2 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-train_decoder.tqdm = Bar
-train_decoder.main()
+encoder.tqdm = Bar
+train_decoder.main({parts!r})
+leave()
 """
 
 
-def test_a_signal_to_one_process_stops_all_and_accumulation_equals_the_batch(settings, initial, tmp_path, monkeypatch):
-    """Rank 1 alone is told to stop in step 3. Micro-batches of one image, twice in each process, with a broken file."""
-    data = shutil.copytree(settings["data"], tmp_path / "data")
-    (data / "0.png").write_bytes(b"not an image")
-    (tmp_path / "stopped.py").write_text(STOPPED)
-    changed = settings | dict(data=data, micro_batch=1, epochs=4, gan=0.75, disc_start=9, gan_start=9)
-    changed |= dict(dino_weights=save_tiny_dino(tmp_path / "dino.pt"))
-    run = torchrun(tmp_path / "stopped.py", flags(**changed, out=tmp_path / "two"))
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("stopped and saved at step 3") == 1 and "2 processes x 2 x 1" in run.stdout
-    two = torch.load(tmp_path / "two/last.pt", weights_only=True)
-    assert two["step"] == 3 and two["replaced"] == 1  # each image comes once in an epoch of 2.5 steps
+@pytest.fixture(scope="module")
+def two_processes(full, settings, tmp_path_factory):
+    """Two processes do all that the tests below look at -> (folder, what each of them printed)."""
+    out = tmp_path_factory.mktemp("two")
+    script = out / "two.py"
+    whole = flags(**full, out=out / "whole")
+    parts = flags(**settings | dict(micro_batch=1, epochs=4), out=out / "parts")
+    script.write_text(TWO.format(root=str(ROOT), out=str(out), whole=whole, parts=parts))
+    return out, finish(*start_ranks(script))
+
+
+def test_golden_adaptive_weight_over_two_processes(two_processes):
+    """Each has half of the images; both have the weight and the gradients of one process with all."""
+    one, two = (read(two_processes[0] / f"golden-{rank}.pt") for rank in (0, 1))
+    assert one
+    for name, (ours, recorded) in one.items():
+        for key in recorded:
+            assert_close(ours[key], recorded[key], 1e-5)
+            assert torch.equal(ours[key], two[name][0][key]), key
+
+
+def test_two_processes_end_with_the_weights_of_one(one_process, two_processes, initial):
+    """The full recipe, half the batch each: every forward that trains must go through DDP."""
+    out, printed = two_processes
+    assert [words.count("2 processes x 1 x 2") for words in printed] == [1, 0]  # rank 0 speaks
+    two = read(out / "whole/last.pt")
+    assert two["step"] == 5
+    assert_same_weights(two, one_process[1], initial)
+    for a, b in zip(numbers(out / "whole"), numbers(one_process[0]), strict=True):
+        for name in ("l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "grad_norm", "disc_norm"):
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-2, abs=1e-4), (name, a, b)
+
+
+def test_a_signal_to_one_process_stops_all_and_accumulation_equals_the_batch(
+        two_processes, settings, initial, tmp_path, monkeypatch):
+    """Rank 1 alone is told to stop in step 3. Micro-batches of one image, twice in each process."""
+    out, printed = two_processes
+    assert printed[0].count("stopped and saved at step 3") == 1 and "2 processes x 2 x 1" in printed[0]
+    two = read(out / "parts/last.pt")
     stop_after(monkeypatch, 2)
-    one = train(tmp_path / "one", changed, micro_batch=4)
-    assert one["step"] == 3 and one["replaced"] == 1
-    assert relative(two["model"], one["model"], initial["model"]) < 1e-3
-    assert relative(two["ema"], one["ema"], initial["model"]) < 1e-3
-    monkeypatch.undo()
-    again = train(tmp_path / "two", changed)  # in one process now
-    assert again["step"] == 10 and again["replaced"] == 4 == rows(tmp_path / "two")[-1]["replaced"]
+    one = train(tmp_path / "one", settings, epochs=4)
+    assert one["step"] == two["step"] == 3
+    for part in ("model", "ema"):
+        assert relative(two[part], one[part], initial[part]) < 1e-3
+    for a, b in zip(numbers(out / "parts"), numbers(tmp_path / "one"), strict=True):
+        assert a["l1"] == pytest.approx(b["l1"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
-def test_accumulation_equals_the_whole_batch(settings, tmp_path):
-    settings = settings | dict(batch=5, micro_batch=5)
-    start = train(tmp_path / "start", settings, lr=1e-30, lr_end=0)["model"]
+def test_accumulation_equals_the_whole_batch(adversarial, initial, tmp_path, monkeypatch):
+    """Of five images by ones and by twos: 2, 2, 1. The adversarial loss, whose weight is each micro-batch's, is off;
+    the discriminator trains without the power iteration that is part of each of its forwards."""
+    nn_train = torch.nn.Module.train
+    monkeypatch.setattr(train_decoder.Discriminator, "train", lambda self, mode=True: nn_train(self, False))
+    settings = adversarial | dict(batch=5, micro_batch=5, epochs=1.5, gan_start=9)
     whole = train(tmp_path / "whole", settings)
-    for size in (1, 2):  # by twos: 2, 2, 1
+    assert whole["step"] == 3
+    for size in (1, 2):
         parts = train(tmp_path / f"parts{size}", settings, micro_batch=size)
-        assert relative(parts["model"], whole["model"], start) < 1e-3
-        assert relative(parts["ema"], whole["ema"], start) < 1e-3
+        assert_same_weights(parts, whole, initial)
 
 
 def test_checkpointing_changes_nothing(settings, tmp_path, monkeypatch):
@@ -374,86 +397,257 @@ def test_checkpointing_changes_nothing(settings, tmp_path, monkeypatch):
     assert_identical(again["model"], plain["model"])
 
 
-def test_bf16_is_of_encoder_and_decoder_alone_and_each_image_is_encoded_once(full, tmp_path, monkeypatch):
+def test_bf16_is_of_the_networks_alone_and_each_image_is_encoded_once(full, tmp_path, monkeypatch):
+    """All four run under autocast; what they return, the discriminator's heads and its loss are float32."""
     seen = {}
 
-    def spy(module):
-        forward = module.forward
+    def watch(owner, method="forward"):
+        works = getattr(owner, method)
 
-        def watched(self, *inputs):
-            low = torch.is_autocast_enabled("cpu")
-            output = forward(self, *inputs)
-            seen.setdefault(module.__name__, []).append((len(inputs[0]), low, output.requires_grad))
-            assert all(x.dtype == torch.float32 for x in (*inputs, output))
+        def watched(self, *inputs, **options):
+            output = works(self, *inputs, **options)
+            first = output[0] if isinstance(output, tuple) else output
+            seen.setdefault(owner.__name__, []).append(
+                (len(inputs[0]), torch.is_autocast_enabled("cpu"), first.requires_grad))
+            assert first.dtype == inputs[0].dtype == torch.float32, owner
             return output
 
-        monkeypatch.setattr(module, "forward", watched)
+        monkeypatch.setattr(owner, method, watched)
 
-    for module in (encoders.Encoder, decoders.Decoder, fid.LPIPS, train_decoder.Discriminator):
-        spy(module)
+    networks = (Encoder, Decoder, train_decoder.Discriminator)
+    for network in (*networks, train_decoder.DiscriminatorHead):
+        watch(network)
+    products = {}
+    for name, product in (("linear", F.linear), ("conv2d", F.conv2d)):  # the matrix products inside
+        def watched(x, *rest, name=name, product=product):
+            products.setdefault(name, set()).add(str(product(x, *rest).dtype))
+            return product(x, *rest)
+        monkeypatch.setattr(F, name, watched)
+
+    def hinge(*logits):
+        assert not torch.is_autocast_enabled("cpu") and all(x.dtype == torch.float32 for x in logits)
+        return hinge_loss(*logits)
+
+    hinge_loss = train_decoder.hinge_loss
+    monkeypatch.setattr(train_decoder, "hinge_loss", hinge)
+    in_lpips = []
+    watched_lpips = train_decoder.LPIPS(full["vgg_weights"], full["lpips_weights"])
+    hook = watched_lpips.features[0].register_forward_hook(lambda layer, _, output: in_lpips.append(output.dtype))
     last = train(tmp_path / "run", full, precision="bf16", epochs=1.2, micro_batch=2)
+    hook.remove()
     assert last["step"] == 3 and last["skipped"] == 0
-    assert seen["Encoder"] == 6 * [(2, True, False)]  # three steps of two micro-batches
-    assert seen["LPIPS"] == 6 * [(2, False, True)]
-    decoded, judged = (2, True, True), (2, False, True)
-    fresh, trained = (2, True, False), (4, False, True)  # the discriminator's fakes; reals and fakes in one forward
+    assert products["linear"] == {"torch.bfloat16"} and set(in_lpips) == {torch.bfloat16}
+    assert seen["Encoder"] == [(8, True, False)] + 6 * [(2, True, False)]  # previews; 3 steps of 2 micro-batches
+    assert len(in_lpips) == 6 * 2
+    decoded, judged = (2, True, True), (2, True, True)
+    fresh, trained = (2, True, False), (4, True, True)  # the discriminator's fakes; reals and fakes in one forward
     assert seen["Decoder"] == [decoded] * 2 + ([decoded] * 2 + [fresh] * 2) * 2
     assert seen["Discriminator"] == [trained] * 2 + [judged] * 2 + [trained] * 2
+    assert {autocast for _, autocast, _ in seen["DiscriminatorHead"]} == {False}
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on the CPU")
-@torch._inductor.config.patch(compile_threads=1)  # a pool would take longer to start
-def test_compiled_step_equals_eager_step(settings, tmp_path):
-    """After one step AdamW's first moment is a tenth of the gradient."""
-    gradients = []
-    for flag in ("compile", "no_compile"):
-        last = train(tmp_path / flag, settings | {flag: True}, epochs=0.4)
-        gradients.append(torch.cat([state["exp_avg"].flatten() for state in last["optimizer"]["state"].values()]))
-    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+def test_lpips_under_autocast(lpips_weights):
+    """The convolutions of VGG16 alone run in bfloat16: norms, differences and heads are float32."""
+    lpips = train_decoder.LPIPS(*lpips_weights)
+    a = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    b = a + 0.05 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1))
+    features, hooks = {i: [] for i in LPIPS.layers}, []
+    for i in LPIPS.layers:
+        hook = lpips.features[i].register_forward_hook(lambda _, __, output, i=i: features[i].append(output.clone()))
+        hooks.append(hook)
+    with torch.autocast("cpu", torch.bfloat16):
+        distance = lpips(a, b)
+    for hook in hooks:
+        hook.remove()
+    expected = 0
+    for (i, (fa, fb)), heads in zip(features.items(), read(lpips_weights[1]).values(), strict=True):
+        assert fa.dtype == torch.bfloat16, i
+        fa, fb = (x.float() / (x.float().norm(dim=1, keepdim=True) + 1e-10) for x in (fa, fb))
+        expected = expected + ((fa - fb).square() * heads.view(1, -1, 1, 1)).sum(1).mean((1, 2))
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance, expected, rtol=1e-5, atol=0)
 
 
 def test_traced_full_recipe_equals_eager(one_process, full, initial, tmp_path, monkeypatch):
     """As --compile runs it, with the discriminator, but for the generated code."""
     compiled, compile_module = [], torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **how: compiled.append(self) or compile_module(self, backend="aot_eager", fullgraph=True, **how),
-    )
+    how = dict(backend=lambda graph, inputs: graph, fullgraph=True)
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **more: compiled.append(self) or compile_module(self, **how, **more))
     last = train(tmp_path / "run", full, compile=True)
     assert len(compiled) == 3 + 3 + 12  # the blocks of encoder, decoder and DINO
-    one = one_process[1]
-    assert_same_weights(last, one["model"], one["ema"], one["discriminator"], initial)
+    assert_same_weights(last, one_process[1], initial)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Refusing, saving, logging
+# The moving average, --init, the start line
 
 
-def test_offline_one_message_names_all_that_is_missing(monkeypatch, capsys, photos, tmp_path):
-    """And it comes before the images are listed."""
+def test_after_the_first_update_the_average_is_the_weights(settings, initial, tmp_path):
+    last = train(tmp_path / "run", settings, epochs=0.4, ema=0.9978)
+    assert_identical(last["ema"], last["model"])
+    assert not torch.equal(last["model"]["embed.weight"], initial["model"]["embed.weight"])
 
-    def no_network(*_, **__):
-        raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    monkeypatch.setattr(encoders, "image_source", lambda *_: pytest.fail("the images were listed"))
-    with pytest.raises(SystemExit, match="2"):
-        train_decoder.main(flags(data=photos, out=tmp_path / "run", device="cpu"))
-    message = capsys.readouterr().err.strip()
-    assert "\n" not in message and not (tmp_path / "run").exists()
-    for flag, file in {
-        "--encoder-weights": "https://huggingface.co/timm/vit_base_patch14_reg4_dinov2.lvd142m",
-        "--lpips-weights": fid.LPIPS_HEADS, "--vgg-weights": "https://huggingface.co/timm/vgg16.tv_in1k",
-        "--dino-weights": "https://huggingface.co/timm/vit_small_patch8_224.dino",
-    }.items():  # fmt: skip
-        assert file in message and flag in message.split(file)[1].split("; ")[0], message
+def test_average_of_a_short_run_is_as_good_as_its_weights(tmp_path):
+    """100 steps of the demo with the paper's decay, under which the initial weights would keep a share of 81 %."""
+    last = train(tmp_path / "run", dict(preset="demo", batch=8, epochs=0.1, warmup=0.01, ema=0.9978, device="cpu"))
+    assert last["step"] == 100
+    source, encoder = Shapes(8000, 32), Encoder("random-tiny", 32)
+    images = np.stack([np.array(source.open(i)[0]) for i in range(7000, 7032)])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    l1 = {}
+    for part in ("model", "ema"):
+        model = Decoder(128, 4, 8, **SIZES["ViT-tiny"], mean=[0.5] * 3, std=[0.5] * 3)
+        model.load_state_dict(last[part])
+        with torch.no_grad():
+            l1[part] = (model(encoder(images)) - images).abs().mean().item()
+    print(l1)
+    assert l1["model"] < 0.1 and l1["ema"] < 1.1 * l1["model"], l1
+
+
+@pytest.fixture(scope="module", params=["ours", "published"])
+def given(one_process, request, tmp_path_factory):
+    """A decoder in a file for --init."""
+    path = tmp_path_factory.mktemp("given") / "decoder.pt"
+    content = read(one_process[0] / "decoder.pt")
+    if request.param == "published":
+        content = published_decoder(load_decoder(one_process[0] / "decoder.pt")[0])
+    torch.save(content, path)
+    return path
+
+
+def test_init_starts_from_the_weights_of_a_file(given, one_process, settings, tmp_path):
+    last = train(tmp_path / "run", settings, init=given, epochs=0.4, lr=1e-30, lr_end=0)
+    for part in ("model", "ema"):
+        for key, value in one_process[1]["ema"].items():
+            torch.testing.assert_close(last[part][key], value, rtol=0, atol=1e-20)
+
+
+def test_a_resumed_run_needs_the_file_of_init_no_more(given, settings, tmp_path):
+    path = tmp_path / "init.pt"
+    path.write_bytes(given.read_bytes())
+    whole = train(tmp_path / "whole", settings, init=path)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        assert train(tmp_path / "parts", settings, init=path)["step"] == 3
+    path.unlink()
+    parts = train(tmp_path / "parts", settings, init=path)
+    assert_identical({**parts, "args": 0}, {**whole, "args": 0})
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(size=32, resize=32), "is another decoder: grid 2 instead of 4; choose --model, --size, ... to match"),
+    (dict(size=32, resize=32, encoder_size=16), "patch 8 instead of 16"),
+    (dict(model="ViT-deep"), "depth 3 instead of 1"),
+])
+def test_init_refuses_another_decoder(changes, said, given, settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SIZES, "ViT-deep", SIZES["ViT-tiny"] | dict(depth=1))
+    monkeypatch.setattr(train_decoder, "RECIPE", [
+        row if row[0] != "--model" else (row[0], tuple(SIZES), *row[2:]) for row in train_decoder.RECIPE])
+    message = refused(capsys, tmp_path / "run", settings, init=given, **changes)
+    assert f"--init {given}" in message and said in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_refuses_the_decoder_of_another_encoder_and_what_is_none(one_process, settings, tmp_path, capsys):
+    content = read(one_process[0] / "decoder.pt")
+    content["encoder"]["name"] = "mae-b"
+    torch.save(content, tmp_path / "other.pt")
+    message = refused(capsys, tmp_path / "run", settings, init=tmp_path / "other.pt")
+    assert f"--init {tmp_path}/other.pt decodes latents of mae-b: choose --encoder to match" in message
+    assert "no decoder at" in refused(capsys, tmp_path / "run", settings, init=tmp_path / "absent.pt")
+    assert "is not a decoder" in refused(capsys, tmp_path / "run", settings, init=one_process[0] / "log.csv")
+
+
+@pytest.mark.parametrize("gan_start, warns", [(399.6, True), (400, False), (None, False)])  # of 2.5 steps an epoch
+def test_start_line_warns_of_a_discriminator_that_starts_early(gan_start, warns, adversarial, tmp_path, capsys):
+    changes = dict(gan=0) if gan_start is None else dict(gan_start=gan_start)
+    train(tmp_path / "run", adversarial, epochs=0.4, **changes)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("discriminator")]
+    if gan_start is None:
+        assert not lines
+        return
+    few = ": few images; a discriminator overfits on them, --gan 0 is safer" if warns else ""
+    assert lines == [f"discriminator from step 1, its loss from step {round(2.5 * gan_start)}{few}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps whose gradient is not finite
+
+
+def make_bad(patch, part, steps):
+    """Make the gradient of `part` not finite at these steps; the discriminator trains from the first step on."""
+    name, calls = dict(decoder="draw", discriminator="quantize")[part], []
+    works = getattr(train_decoder, name)
+
+    def fails(*inputs):
+        calls.append(1)
+        result = works(*inputs)
+        if len(calls) - 1 not in steps:
+            return result
+        return (result[0] * math.nan, result[1]) if part == "decoder" else result * math.nan
+
+    patch.setattr(train_decoder, name, fails)
+
+
+def of_decoder(last):
+    return dict(model=last["model"], ema=last["ema"], moments=last["optimizer"]["state"])
+
+
+def of_discriminator(last):
+    """What is learned; the vectors of the spectral norms move with every forward."""
+    heads = {key: value for key, value in last["discriminator"].items() if not key.endswith(("._u", "._v"))}
+    return dict(heads=heads, moments=last["disc_optimizer"]["state"])
+
+
+@pytest.mark.parametrize("part", ["decoder", "discriminator"])
+def test_a_bad_gradient_of_one_model_leaves_the_other_alone(part, adversarial, tmp_path, monkeypatch):
+    make_bad(monkeypatch, part, {3})
+    saved = {}
+    save = train_decoder.save_checkpoint
+
+    def keep(files):
+        save(files)
+        content = files[tmp_path / "run/last.pt"]
+        saved[content["step"]] = copy.deepcopy(content)
+
+    monkeypatch.setattr(train_decoder, "save_checkpoint", keep)
+    train(tmp_path / "run", adversarial, save_every=0.4, disc_start=0, gan_start=0)
+    assert [saved[step]["skipped"] for step in range(1, 6)] == [0, 0, 0, 1, 1]
+    mine, other = (of_decoder, of_discriminator) if part == "decoder" else (of_discriminator, of_decoder)
+    assert_identical(mine(saved[4]), mine(saved[3]))
+    for state, before, after in ((other, 3, 4), (other, 4, 5), (mine, 2, 3), (mine, 4, 5)):
+        with pytest.raises(AssertionError, match="differs"):
+            assert_identical(state(saved[before]), state(saved[after]))
+    log = numbers(tmp_path / "run")
+    assert [row["skipped"] for row in log] == [0, 0, 0, 1, 1]
+    assert ("l1" in log[3], "disc" in log[3]) == (part != "decoder", part != "discriminator")
+    assert all(math.isfinite(value) for row in log for value in row.values())
+
+
+def test_twenty_bad_gradients_in_a_row_end_the_run(settings, initial, tmp_path, monkeypatch, capsys):
+    """A good one in between starts the count again."""
+    make_bad(monkeypatch, "decoder", {step for step in range(99) if step != 19})
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path / "run", settings, epochs=99, lr=1e-30, lr_end=0)
+    message = end.value.code  # Python prints it and exits with 1
+    assert message.startswith("stopped at step 40: the gradient was not finite 20 times in a row; ")
+    assert "\n" not in message and f"{tmp_path}/run/last.pt" in message
+    last = read(tmp_path / "run/last.pt")
+    assert (last["step"], last["skipped"], last["optimizer"]["state"][0]["step"]) == (40, 39, 1)
+    for part in ("model", "ema"):
+        for key, value in last[part].items():
+            torch.testing.assert_close(value, initial[part][key], rtol=0, atol=1e-20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving, logging
 
 
 def test_checkpoints_come_at_intervals_both_files_together(settings, tmp_path, monkeypatch):
-    saved, save = [], encoders.save
-    monkeypatch.setattr(encoders, "save", lambda files: saved.append(files) or save(files))
+    saved, save = [], train_decoder.save_checkpoint
+    monkeypatch.setattr(train_decoder, "save_checkpoint", lambda files: saved.append(files) or save(files))
     train(tmp_path / "run", settings, save_every=0.8)
     assert [last["step"] for _, last in map(dict.values, saved)] == [2, 4, 5]
     assert [[path.name for path in files] for files in saved] == 3 * [["decoder.pt", "last.pt"]]
@@ -462,7 +656,7 @@ def test_checkpoints_come_at_intervals_both_files_together(settings, tmp_path, m
 def test_a_row_of_the_log_averages_its_steps(settings, tmp_path):
     train(tmp_path / "each", settings)
     train(tmp_path / "two", settings, log_every=2)
-    each, two = rows(tmp_path / "each"), rows(tmp_path / "two")
+    each, two = numbers(tmp_path / "each"), numbers(tmp_path / "two")
     assert [row["step"] for row in two] == [2, 4, 5]
     assert two[1]["l1"] == pytest.approx((each[2]["l1"] + each[3]["l1"]) / 2, abs=2e-5)
     assert two[2]["l1"] == each[4]["l1"]
@@ -474,7 +668,7 @@ def test_a_row_of_the_log_averages_its_steps(settings, tmp_path):
 
 def test_noise_level_is_half_normal():
     """sigma = tau |n|: mean tau sqrt(2 / pi), root mean square tau, median 0.6745 tau; noise / sigma is N(0, 1)."""
-    keys = torch.tensor([encoders.random_key(0, 0, i) for i in range(4000)])
+    keys = torch.tensor([random_key(0, 0, i) for i in range(4000)])
     noise, uniforms = train_decoder.draw(keys, (32, 4, 4), 0.8, torch.Generator())
     sigma = noise.square().mean((1, 2, 3)).sqrt()  # (4000,), each to 3 %
     assert sigma.mean().item() == pytest.approx(0.8 * math.sqrt(2 / math.pi), rel=0.03)
@@ -503,91 +697,57 @@ def test_draws_of_an_image_do_not_depend_on_its_batch():
 # Ways to use it
 
 
-def test_demo_with_all_losses_switched_on_by_flags(weights, tmp_path):
-    train(tmp_path / "run", weights, preset="demo", batch=4, epochs=0.006, lpips=1, gan=0.75, disc_start=0.001,
-          gan_start=0.002, warmup=0, log_every=1, device="cpu")  # fmt: skip
-    log = rows(tmp_path / "run")
-    assert len(log) == 12 and all(math.isfinite(value) for row in log for value in row.values())
+def test_demo_with_all_losses_switched_on_by_flags(full, tmp_path):
+    weights = {key: full[key] for key in full if key.endswith("_weights")}
+    train(tmp_path / "run", weights, preset="demo", batch=4, epochs=0.003, lpips=1, gan=0.75, disc_start=0.001,
+          gan_start=0.002, warmup=0, log_every=1, device="cpu")
+    log = numbers(tmp_path / "run")
+    assert len(log) == 6 and all(math.isfinite(value) for row in log for value in row.values())
     assert log[-1]["skipped"] == 0 and {"lpips", "gan", "disc"} <= log[-1].keys()
     assert log[-1]["l1"] < log[0]["l1"] and log[-1]["lpips"] < log[0]["lpips"]
 
 
-def test_demo_starts_the_discriminator_within_its_epochs():
-    _, args = train_decoder.parse_args(["--preset", "demo", "--gan", "0.75"])
-    assert args.disc_start < args.gan_start < args.epochs and args.resize == args.size == 32
-
-
-def test_gan_without_the_perceptual_loss(full, tmp_path):
-    train(tmp_path / "run", full | dict(lpips=0, vgg_weights=None, lpips_weights=None))
-    log = rows(tmp_path / "run")
+def test_gan_without_the_perceptual_loss(adversarial, tmp_path):
+    train(tmp_path / "run", adversarial)
+    log = numbers(tmp_path / "run")
     assert "lpips" not in log[-1] and "gan" in log[-1] and log[-1]["skipped"] == 0
 
 
-def test_a_folder_of_odd_images(settings, tmp_path):
-    """Grey, 16-bit, CMYK, RGBA, palette, rotated by EXIF, tiny, long; and files that are broken, which are replaced."""
-    folder, rng = tmp_path / "photos", np.random.default_rng(0)
-    folder.mkdir()
-    rgb = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    rgb.convert("L").save(folder / "grey.png")
-    Image.fromarray(rng.integers(0, 65536, (40, 60), dtype=np.uint16)).save(folder / "deep.png")
-    rgb.convert("CMYK").save(folder / "print.jpg")
-    rgb.convert("RGBA").save(folder / "alpha.png")
-    rgb.convert("P").save(folder / "palette.gif")
-    exif = Image.Exif()
-    exif[274] = 6  # to be turned by 90 degrees
-    rgb.save(folder / "turned.jpg", exif=exif)
-    rgb.resize((3, 5)).save(folder / "tiny.webp")
-    rgb.resize((300, 9)).save(folder / "long.bmp")
-    whole = (folder / "turned.jpg").read_bytes()
-    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "empty.png").write_bytes(b"")
-    last = train(tmp_path / "run", settings, data=folder, preview_every=1)  # twice each of the ten
-    assert last["step"] == 5 and last["replaced"] == 4 == rows(tmp_path / "run")[-1]["replaced"]
-    assert len(list((tmp_path / "run").glob("preview-*.png"))) == 3
+def test_decoder_upsampling(settings, tmp_path, monkeypatch):
+    """A 16-pixel encoder and a decoder to 64: the encoder sees the larger image reduced as stage 2's ADM crop does."""
+    seen, given = [], []
+    see, encode = timm.models.VisionTransformer.forward_features, Encoder.forward
+    monkeypatch.setattr(timm.models.VisionTransformer, "forward_features",
+                        lambda self, x: seen.append(x / 2 + 0.5) or see(self, x))
+    monkeypatch.setattr(Encoder, "forward", lambda self, images: given.append(images) or encode(self, images))
+    last = train(tmp_path / "run", settings, data="shapes", size=64, resize=64, encoder_size=16, epochs=1 / 2000)
+    decoder, info = load_decoder(tmp_path / "run/decoder.pt")
+    assert (decoder.config["grid"], decoder.config["patch"], info["encoder"]["image_size"]) == (2, 32, 16)
+    assert decoder(torch.zeros(1, 128, 2, 2)).shape == (1, 3, 64, 64) and last["args"]["resize"] == 64
+    assert [len(images) for images in given] == [8, 4]  # previews and one step
+    for larger, reduced in zip(torch.cat(given), torch.cat(seen), strict=True):
+        assert larger.shape == (3, 64, 64)
+        image = Image.fromarray((larger.permute(1, 2, 0) * 255).round().byte().numpy())
+        crop = torch.from_numpy(np.array(center_crop(image, 16))).permute(2, 0, 1) / 255
+        assert (reduced - crop).abs().max() < 0.15 and (reduced - crop).abs().mean() < 0.012  # twice that if not smooth
 
 
-def paired(folder, npz, batch, out):
-    fid.main(flags(paired=True, features="random-tiny", no_lpips=True, size=64, batch=batch, workers=0, device="cpu",
-                   json=out, overwrite=True) + [str(folder), str(npz)])  # fmt: skip
-    return json.loads(out.read_text())
-
-
-def test_decoder_upsampling_and_its_evaluation(settings, photos, tmp_path):
-    """A 32-pixel encoder, a decoder to 64; then sample.py --reconstruct and fid.py --paired, every image once."""
-    last = train(tmp_path / "run", settings, size=64, encoder_size=32)
-    decoder, info = decoders.load_decoder(tmp_path / "run/decoder.pt")
-    assert (decoder.config["grid"], decoder.config["patch"], info["encoder"]["image_size"]) == (4, 16, 32)
-    assert decoder(torch.zeros(1, 128, 4, 4)).shape == (1, 3, 64, 64) and last["args"]["resize"] == 96
-
-    encoder, source, expected = encoders.Encoder("random-tiny", 32), encoders.ImageFolder(photos), []
-    for i in range(10):
-        image = np.array(encoders.center_crop(source.open(i)[0], 64))
-        decoded = decoders.to_uint8(decoder(encoder(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)))[0].numpy()
-        expected.append(-10 * math.log10(np.mean((image / 255 - decoded / 255) ** 2)))
-    scores = []
-    for batch in (3, 10):
-        npz = tmp_path / f"recon{batch}.npz"
-        sample.main(flags(preset="demo", decoder=tmp_path / "run/decoder.pt", reconstruct=photos, out=npz, batch=batch,
-                          workers=0, device="cpu"))  # fmt: skip
-        assert np.load(npz)["arr_0"].shape == (10, 64, 64, 3)
-        scores += [paired(photos, npz, size, tmp_path / "scores.json")["PSNR"] for size in (4, 64)]
-    assert scores == pytest.approx(4 * [np.mean(expected)], abs=2e-3)
-
-
-def test_one_step_at_the_size_of_the_paper(weights, photos, tmp_path):
-    """C = 768 from DINOv2-B, ViT-B, 256 pixels, all three losses on."""
-    shapes = timm.create_model("vit_base_patch14_reg4_dinov2.lvd142m").state_dict()
-    torch.save({key: 0.02 * torch.randn(x.shape).half() for key, x in shapes.items()}, tmp_path / "encoder.pt")
+def test_one_step_at_the_width_of_the_paper(adversarial, photos, tmp_path, monkeypatch):
+    """C = 768 from DINOv2-B, ViT-B, 256 pixels, with the discriminator; both ViTs cut to one block."""
+    monkeypatch.setitem(SIZES, "ViT-B", SIZES["ViT-B"] | dict(depth=1))
+    monkeypatch.setattr(train_decoder, "Encoder", functools.partial(Encoder, depth=1))
+    vit = timm.create_model("vit_base_patch14_reg4_dinov2.lvd142m", depth=1, num_classes=0)
+    torch.save({key: value.half() for key, value in vit.state_dict().items()}, tmp_path / "encoder.pt")
     out = tmp_path / "run"
-    last = train(out, weights, encoder_weights=tmp_path / "encoder.pt", data=photos, model="ViT-B", epochs=0.1, batch=1,
-                 micro_batch=1, disc_start=0, gan_start=0, warmup=0, workers=0, device="cpu", log_every=1,
-                 preview_every=0)  # fmt: skip
-    log = rows(out)
-    assert len(log) == 1 == last["step"] and log[0]["skipped"] == 0
-    assert all(math.isfinite(log[0][name]) for name in ("l1", "lpips", "gan", "gan_weight", "disc"))
-    assert round(sum(value.numel() for value in last["model"].values()) / 1e6, 1) == 86.2
-    decoder, info = decoders.load_decoder(out / "decoder.pt")
-    assert (decoder.config["latent_dim"], decoder.config["grid"], decoder.config["patch"]) == (768, 16, 16)
+    train_decoder.main(flags(
+        encoder_weights=tmp_path / "encoder.pt", dino_weights=adversarial["dino_weights"], lpips=0, data=photos,
+        model="ViT-B", epochs=0.1, batch=1, micro_batch=1, disc_start=0, gan_start=0, warmup=0, workers=0,
+        device="cpu", log_every=1, preview_every=0, out=out))
+    (row,), last = numbers(out), read(out / "last.pt")
+    assert last["step"] == 1 and last["skipped"] == 0
+    assert all(math.isfinite(row[name]) for name in ("l1", "gan", "gan_weight", "disc"))
+    assert all(state["exp_avg"].abs().max() > 0 for state in last["optimizer"]["state"].values())
+    decoder, info = load_decoder(out / "decoder.pt")
+    assert [decoder.config[key] for key in ("latent_dim", "grid", "patch", "width")] == [768, 16, 16, 768]
+    assert sum(value.numel() for value in last["model"].values()) == 8_271_360  # 86.2 M with all twelve blocks
     assert info["encoder"]["name"] == "dinov2-b"
-    shutil.rmtree(out)  # 2 GB
-    (tmp_path / "encoder.pt").unlink()

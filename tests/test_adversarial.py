@@ -1,26 +1,21 @@
 """Stage 1's adversarial parts against golden values, closed forms, and second ways to compute the same thing."""
 
+import contextlib
+import functools
 import math
 import re
-import socket
+import types
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from conftest import assert_close, golden, read_golden
+from conftest import adaptive_weight_step, assert_close, golden, randomize, read_golden, save_tiny_dino
 
-from train_decoder import Discriminator, adaptive_weight, diffaug, hinge_loss, load_dino, lr_at, quantize
-
-
-def save_tiny_dino(path, depth=12, seed=0, **shape):
-    """A random ViT in a file that --dino-weights takes: 32 px, patch 8, so 16 tokens; `shape` overrides."""
-    torch.manual_seed(seed)
-    shape = dict(img_size=32, patch_size=8, embed_dim=16, num_heads=2) | shape
-    vit = timm.models.VisionTransformer(num_classes=0, depth=depth, **shape)
-    torch.save(vit.state_dict(), path)
-    return path
+import train_decoder
+from decoder import Decoder, unpatchify
+from encoder import compile_blocks
+from train_decoder import (Discriminator, adaptive_weight, decoder_losses, diffaug, hinge_loss, load_dino, lr_at,
+                           quantize)
 
 
 @pytest.fixture
@@ -41,7 +36,7 @@ def head_name(name):
     for old, new in {
         r"^(\d+)\.0\.": r"\1.embed.", r"^(\d+)\.1\.fn\.": r"\1.mix.", r"^(\d+)\.2\.": r"\1.logit.",
         r"weight_orig$": "parametrizations.weight.original", r"weight_([uv])$": r"parametrizations.weight.0._\1",
-    }.items():  # fmt: skip
+    }.items():
         name = re.sub(old, new, name)
     return name
 
@@ -63,9 +58,8 @@ def test_backbone_frozen_and_in_eval_mode(discriminator):
     before = {key: value.clone() for key, value in discriminator.vit.state_dict().items()}
     trainable = [name for name, parameter in discriminator.named_parameters() if parameter.requires_grad]
     assert trainable and all(name.startswith("heads.") for name in trainable)
-    assert (
-        len(trainable) == len(list(discriminator.heads.parameters())) == 5 * 2 * (3 + 2)
-    )  # w and b of 3 convs, 2 norms
+    of_a_head = 2 * (3 + 2)  # weight and bias of three convolutions and two norms
+    assert len(trainable) == len(list(discriminator.heads.parameters())) == 5 * of_a_head
     discriminator.train()
     assert discriminator.heads.training and not any(module.training for module in discriminator.vit.modules())
     optimizer = torch.optim.SGD([p for p in discriminator.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
@@ -113,25 +107,19 @@ def test_logits_of_an_image_do_not_depend_on_its_batch(discriminator):
 
 
 @torch.no_grad()
-def test_a_file_of_the_true_size_is_the_downloaded_model(tmp_path, monkeypatch):
-    """What load_dino infers from shapes is timm's vit_small_patch8_224.dino, down to heads and GELU."""
-    create, asked = timm.create_model, {}
-
-    def without_download(name, pretrained, **options):
-        asked.update(name=name, pretrained=pretrained)
-        return create(name, pretrained=False, **options)
-
-    monkeypatch.setattr(timm, "create_model", without_download)
-    downloaded = load_dino()
-    assert asked == dict(name="vit_small_patch8_224.dino", pretrained=True)
-    torch.save(downloaded.state_dict(), tmp_path / "dino.pth")
-    local = load_dino(tmp_path / "dino.pth")
-    activations = {type(block.mlp.act).__name__ for vit in (local, downloaded) for block in vit.blocks}
-    assert activations == {"GELUTanh"} and local.blocks[0].attn.num_heads == 6
-    assert len(local.blocks) == len(downloaded.blocks) == 12
-    local.blocks, downloaded.blocks = local.blocks[:2], downloaded.blocks[:2]  # quick
+def test_the_downloaded_file_is_read_as_timm_builds_its_model(tmp_path, monkeypatch):
+    """What load_dino infers from shapes is timm's vit_small_patch8_224.dino, with the tanh form of GELU."""
+    model = timm.create_model("vit_small_patch8_224.dino", num_classes=0, act_layer="gelu_tanh").eval()
+    torch.save(model.state_dict(), tmp_path / "dino.pth")
+    asked = []
+    monkeypatch.setattr(train_decoder, "download", lambda url: asked.append(url) or tmp_path / "dino.pth")
+    ours = load_dino().eval()
+    assert asked == ["https://huggingface.co/timm/vit_small_patch8_224.dino/resolve/main/model.safetensors"]
+    assert {type(block.mlp.act).__name__ for block in ours.blocks} == {"GELUTanh"}
+    assert ours.blocks[0].attn.num_heads == 6 and len(ours.blocks) == 12
+    ours.blocks, model.blocks = ours.blocks[:2], model.blocks[:2]  # quick
     images = uniform(1, 3, 224, 224, low=-2, high=2)
-    assert torch.equal(local.forward_features(images), downloaded.forward_features(images))
+    assert torch.equal(ours.forward_features(images), model.forward_features(images))
 
 
 def test_safetensors_and_wrapped_files_load(tmp_path):
@@ -167,7 +155,7 @@ def test_unusable_backbones_are_refused_in_one_line(tmp_path, caplog):
     for name, reason in {
         "absent.pt": "FileNotFoundError", "text.pt": "", "other.pt": "patch_embed", "short.pt": "norm.bias",
         "shallow.pt": "11 blocks", "pickle.pt": "weights_only|Weights only",  # as timm or torch says it
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(ValueError, match="--dino-weights") as error:
             Discriminator(tmp_path / name)
         message = str(error.value)
@@ -175,13 +163,16 @@ def test_unusable_backbones_are_refused_in_one_line(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_offline_says_what_to_fetch_and_where_to_pass_it(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # nothing cached; conftest: offline
-    with pytest.raises(ValueError) as error:
+def test_offline_says_what_to_fetch_and_where_to_pass_it(monkeypatch):
+    def offline(url):
+        raise OSError("no network")
+
+    monkeypatch.setattr(train_decoder, "download", offline)
+    with pytest.raises(ValueError, match="no network") as error:
         Discriminator()
     message = str(error.value)
-    assert "https://huggingface.co/timm/vit_small_patch8_224.dino/" in message and "\n" not in message
-    assert "--dino-weights PATH" in message
+    assert message.count("https://huggingface.co/timm/vit_small_patch8_224.dino/resolve/main/model.safetensors") == 2
+    assert "--dino-weights PATH" in message and "\n" not in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,68 +285,97 @@ def norm(*gradients):
     return math.sqrt(sum(value**2 for gradient in gradients for value in gradient.flatten().tolist()))
 
 
+STD = torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1)
+
+
+def last_layer_gradient(g, hidden):
+    """The gradient at the weight of a linear map to pixels, by autograd, where g is the gradient at its images."""
+    layer = torch.nn.Linear(hidden.shape[2], 3 * 4 * 4)
+    images = unpatchify(layer(hidden), 4) * STD
+    return torch.autograd.grad(images, layer.weight, g)[0]
+
+
 def test_adaptive_weight_definition_and_bounds():
-    g_rec, g_gan = uniform(2, 3, 4, 4, low=-1), uniform(2, 3, 4, 4, seed=1, low=-1) * 0.01
-    weight = adaptive_weight(g_rec, g_gan)
-    assert weight.shape == () and weight.item() == pytest.approx(norm(g_rec) / (norm(g_gan) + 1e-6), rel=1e-5)
-    rec, gan = g_rec * 1e-3, g_gan * 1e-4  # where the 1e-6 shows, below the clamp
-    assert adaptive_weight(rec, gan).item() == pytest.approx(norm(rec) / (norm(gan) + 1e-6), rel=1e-5)
-    assert adaptive_weight(g_rec, torch.zeros_like(g_gan)).item() == pytest.approx(1e4)  # clamped
-    assert adaptive_weight(torch.zeros_like(g_rec), g_gan).item() == 0
-    assert not adaptive_weight(g_rec.requires_grad_(), g_gan).requires_grad
+    g_rec, g_gan = uniform(2, 3, 12, 12, low=-1), uniform(2, 3, 12, 12, seed=1, low=-1) * 0.01
+    hidden = uniform(2, 9, 8, seed=2, low=-1)
+    rec, gan = norm(last_layer_gradient(g_rec, hidden)), norm(last_layer_gradient(g_gan, hidden))
+    weight = adaptive_weight(g_rec, g_gan, hidden, STD)
+    assert weight.shape == () and weight.item() == pytest.approx(rec / (gan + 1e-6), rel=1e-5)
+    small = adaptive_weight(g_rec * 1e-5, g_gan * 1e-5, hidden, STD)  # where the 1e-6 shows
+    assert small.item() == pytest.approx(1e-5 * rec / (1e-5 * gan + 1e-6), rel=1e-5)
+    assert adaptive_weight(g_rec, torch.zeros_like(g_gan), hidden, STD).item() == pytest.approx(1e4)  # the bound
+    assert adaptive_weight(torch.zeros_like(g_rec), g_gan, hidden, STD).item() == 0
+    assert not adaptive_weight(g_rec, g_gan, hidden.requires_grad_(), STD).requires_grad
 
 
-def test_gradients_at_the_pixels_equal_plain_autograd(discriminator):
-    """Two gradients at the detached pixels and one backward of the decoder with g_rec + 0.75 w g_gan give what
-    autograd gives for L1 + 0.75 w GAN with w held fixed, w from the definition on the undetached graph."""
+def test_adaptive_weight_is_computed_in_float32():
+    """Under autocast too, and where the decoder's hidden states are bfloat16."""
+    g_rec, g_gan, hidden = (uniform(2, *shape, seed=i, low=-1) for i, shape in enumerate([(3, 12, 12)] * 2 + [(9, 8)]))
+    hidden = hidden.bfloat16()
+    expected = adaptive_weight(g_rec, g_gan, hidden.float(), STD)
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = adaptive_weight(g_rec, g_gan, hidden, STD)
+    assert weight.dtype == torch.float32 and weight.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def assert_golden_step(ours, recorded):
+    assert {"weight", "rec_norm", "gan_norm"} < ours.keys() == recorded.keys()
+    for name in ours:
+        assert_close(ours[name], recorded[name], 1e-5)
+
+
+@golden("adaptive_weight")
+def test_golden_adaptive_weight(file):
+    """With the decoder and the losses as the trainer calls them; over two processes: tests/test_train_decoder.py."""
+    assert_golden_step(*adaptive_weight_step(file))
+
+
+@golden("adaptive_weight")
+def test_golden_adaptive_weight_of_a_compiled_decoder(file, graphs):
+    """As torch.compile traces it, but for the generated code."""
+    assert_golden_step(*adaptive_weight_step(file, prepare=lambda model: compile_blocks(model) or model))
+    assert graphs
+
+
+def perceptual(a, b):
+    """In place of LPIPS: nonlinear, and each pixel with its neighbour."""
+    a, b = (torch.tanh(x + 0.3 * x.roll(1, 3)) for x in (a, b))
+    return (a - b).square().mean((1, 2, 3))
+
+
+def test_decoder_losses_equal_plain_autograd(discriminator):
+    """The gradient at the pixels and one backward give what autograd gives for L1 + l LPIPS + g w GAN with w fixed,
+    where w comes from two more backwards to the last layer's weight."""
     discriminator.eval()
-    target, latents, draws = uniform(2, 3, 32, 32), uniform(2, 8, seed=1), uniform(2, 5, seed=2)
-    torch.manual_seed(0)
-    decoder = torch.nn.Sequential(torch.nn.Linear(8, 3 * 32 * 32), torch.nn.Unflatten(1, (3, 32, 32)))
+    real, z, draws = uniform(2, 3, 32, 32), uniform(2, 8, 4, 4, seed=1, low=-1), uniform(2, 5, seed=2)
+    model = randomize(Decoder(8, 4, 8, width=32, depth=1, heads=2, mlp=64)).requires_grad_()
 
-    def losses(pixels):  # pixels in [0, 1]
-        return F.l1_loss(pixels, target), -discriminator(diffaug(2 * pixels - 1, draws)).mean()
+    fake, hidden = model(z, return_hidden=True)
+    gradient, losses = decoder_losses(fake, real, perceptual, 0.3, discriminator, 0.6, draws, hidden, model.std)
+    assert not gradient.requires_grad and not any(loss.requires_grad for loss in losses.values())
+    fake.backward(gradient)
+    assert all(parameter.grad is None for parameter in discriminator.parameters())
 
-    pixels = decoder(latents)
-    rec, gan = losses(pixels)
-    w = norm(*torch.autograd.grad(rec, pixels, retain_graph=True)) / (
-        norm(*torch.autograd.grad(gan, pixels, retain_graph=True)) + 1e-6
-    )
+    out = model(z)
+    l1, lpips = (out - real).abs().mean(), perceptual(2 * out - 1, 2 * real - 1).mean()
+    gan = -discriminator(diffaug(2 * out - 1, draws)).mean()
+    last = functools.partial(torch.autograd.grad, inputs=model.to_pixels.weight, retain_graph=True)
+    w = norm(*last(l1 + 0.3 * lpips)) / (norm(*last(gan)) + 1e-6)
     assert 1e-3 < w < 1e4
-    expected = torch.autograd.grad(rec + 0.75 * w * gan, list(decoder.parameters()))
-
-    pixels = decoder(latents)
-    leaf = pixels.detach().requires_grad_()
-    rec, gan = losses(leaf)
-    (g_rec,), (g_gan,) = torch.autograd.grad(rec, leaf), torch.autograd.grad(gan, leaf)
-    weight = adaptive_weight(g_rec, g_gan)
-    assert weight.item() == pytest.approx(w, rel=1e-5)
-    pixels.backward(g_rec + 0.75 * weight * g_gan)
-    for parameter, gradient in zip(decoder.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+    for name, expected in dict(l1=l1.item(), lpips=lpips.item(), gan=gan.item(), gan_weight=w).items():
+        assert losses.pop(name).item() == pytest.approx(expected, rel=1e-5), name
+    assert not losses
+    expected = torch.autograd.grad(l1 + 0.3 * lpips + 0.6 * w * gan, list(model.parameters()))
+    for parameter, reference in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, reference, rtol=1e-4, atol=1e-6 * reference.abs().max().item())
 
 
-def adaptive_weight_on_rank(rank, port, g_rec, g_gan, results):
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    local = slice(2 * rank, 2 * rank + 2)
-    # the losses are means over the batch, so with half of it each image's gradient is twice as large
-    results[rank] = adaptive_weight(2 * g_rec[local], 2 * g_gan[local]).item()
-    dist.destroy_process_group()
-
-
-def test_adaptive_weight_of_two_ranks_is_that_of_one_with_the_whole_batch():
-    g_rec = uniform(4, 3, 4, 4) * torch.tensor([1.0, 2.0, 3.0, 9.0]).view(-1, 1, 1, 1)  # the ranks differ
-    g_gan = uniform(4, 3, 4, 4, seed=1) * 1e-6  # where the 1e-6 in the definition matters
-    g_rec = g_rec * 1e-6
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = torch.zeros(2).share_memory_()
-    torch.multiprocessing.start_processes(
-        adaptive_weight_on_rank, (port, g_rec, g_gan, results), 2, start_method="fork"
-    )
-    assert results[0] == results[1]
-    assert results[0].item() == pytest.approx(norm(g_rec) / (norm(g_gan) + 1e-6), rel=1e-5)
+def test_losses_that_are_off_are_left_out():
+    fake, real = uniform(2, 3, 8, 8), uniform(2, 3, 8, 8, seed=1)
+    gradient, losses = decoder_losses(fake, real)
+    torch.testing.assert_close(gradient, (fake - real).sign() / real.numel())
+    assert losses.keys() == {"l1"}
+    assert decoder_losses(fake, real, perceptual)[1].keys() == {"l1", "lpips"}
 
 
 def test_quantize_gives_the_256_levels():
@@ -366,14 +386,17 @@ def test_quantize_gives_the_256_levels():
     assert quantize(torch.tensor([-3.0, -1.001, 1.001, 3.0])).tolist() == [-1, -1, 1, 1]
 
 
-def test_nothing_here_reads_back_to_the_host(discriminator):
+def test_nothing_here_reads_back_to_the_host(discriminator, monkeypatch):
     """On the meta device any .item(), bool() or copy to the host raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no meta device
     images = torch.empty(2, 3, 16, 16, device="meta")
-    assert diffaug(images, torch.empty(2, 5, device="meta")).shape == images.shape
-    assert adaptive_weight(images, images).shape == ()
+    draws, hidden, std = (torch.empty(*shape, device="meta") for shape in ((2, 5), (2, 4, 8), (1, 3, 1, 1)))
+    discriminator = discriminator.to("meta")
+    gradient, losses = decoder_losses(images, images, perceptual, 1.0, discriminator, 0.75, draws, hidden, std)
+    assert gradient.shape == images.shape and losses["gan_weight"].shape == ()
     assert quantize(images).shape == images.shape
     assert hinge_loss(images, images).shape == ()
-    assert discriminator.to("meta")(images).shape == (2, 5 * 16)
+    assert discriminator(images).shape == (2, 5 * 16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,27 +404,28 @@ def test_nothing_here_reads_back_to_the_host(discriminator):
 
 
 def test_schedule_closed_form():
-    """Recipe: 16 epochs, 1 of warm-up, 2e-4 to 2e-5; ImageNet at batch 512 has 2502 steps an epoch."""
-    epoch = 2502
-    recipe = dict(lr=2e-4, lr_end=2e-5, warmup=epoch, total=16 * epoch)
-    for step in range(0, 17 * epoch, 97):
+    """Recipe: 16 epochs, 1 of warm-up, 2e-4 to 2e-5; ImageNet at batch 512 has 1281167 / 512 steps an epoch."""
+    epoch = 1281167 / 512
+    args = types.SimpleNamespace(lr=2e-4, lr_end=2e-5, warmup=1.0, epochs=16.0)
+    for step in range(0, round(17 * epoch), 97):
         if step < epoch:
-            expected = 2e-4 * step / epoch
+            expected = 2e-4 * min(1, (step + 1) / epoch)
         else:  # half a period of a cosine over the 15 epochs after the warm-up
             angle = math.pi * (min(step, 16 * epoch) - epoch) / (15 * epoch)
             expected = (2e-4 + 2e-5) / 2 + (2e-4 - 2e-5) / 2 * math.cos(angle)
-        assert lr_at(step, **recipe) == pytest.approx(expected, rel=1e-12), step
-    assert lr_at(0, **recipe) == 0
-    assert lr_at(epoch // 2, **recipe) == pytest.approx(1e-4)
-    assert lr_at(epoch, **recipe) == 2e-4
-    assert lr_at(16 * epoch, **recipe) == pytest.approx(2e-5)  # the decoder's end
-    assert lr_at(99 * epoch, **recipe) == pytest.approx(2e-5)
-    assert lr_at(10 * epoch, **recipe) == pytest.approx(8.2e-5, abs=0.05e-5)  # the discriminator sees 10 of 16 epochs
+        assert lr_at(step, args, epoch) == pytest.approx(expected, rel=1e-12), step
+    assert lr_at(0, args, epoch) == pytest.approx(2e-4 / epoch)  # the first update counts
+    assert max(lr_at(step, args, epoch) for step in range(2490, 2510)) <= 2e-4
+    assert lr_at(math.ceil(16 * epoch), args, epoch) == pytest.approx(2e-5)  # the decoder's end
+    assert lr_at(round(99 * epoch), args, epoch) == pytest.approx(2e-5)
+    assert lr_at(round(10 * epoch), args, epoch) == pytest.approx(8.2e-5, abs=0.05e-5)  # the discriminator's
 
 
-def test_schedule_without_warmup_or_without_decay():
-    assert lr_at(0, lr=1.0, lr_end=0.1, warmup=0, total=10) == 1.0
-    assert lr_at(5, lr=1.0, lr_end=0.1, warmup=0, total=10) == pytest.approx(0.55)
-    assert lr_at(3, lr=1.0, lr_end=0.1, warmup=4, total=4) == 0.75  # a run shorter than its warm-up
-    assert lr_at(4, lr=1.0, lr_end=0.1, warmup=4, total=4) == 1.0
-    assert isinstance(lr_at(3, lr=1.0, lr_end=0.1, warmup=4, total=9), float)
+@pytest.mark.parametrize("step, warmup, epochs, expected", [
+    (0, 0, 2, 1.0), (5, 0, 2, 0.55), (10, 0, 2, 0.1),  # no warm-up
+    (0, 0.8, 0.8, 0.25), (3, 0.8, 0.8, 1.0), (4, 0.8, 0.8, 1.0), (9, 0.8, 0.8, 0.1),  # nothing but warm-up
+    (0, 0.1, 2, 1.0), (0, 4, 2, 0.05), (9, 4, 2, 0.5)])  # warm-up of half a step; longer than the run
+def test_schedule_at_its_edges(step, warmup, epochs, expected):
+    """With five steps an epoch."""
+    args = types.SimpleNamespace(lr=1.0, lr_end=0.1, warmup=warmup, epochs=epochs)
+    assert lr_at(step, args, 5) == pytest.approx(expected)

@@ -775,7 +775,8 @@ def resume(args, kind, result, **data):
         raise ValueError(f"--out {args.out} is a file: choose a folder")
     if path.exists():
         try:
-            last = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mmap = os.name != "nt"  # 8 processes need not hold 17 GB each; Windows moves no file over a mapped one
+            last = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             start, before = last["step"], last["args"]
             if last["kind"] != kind:
                 raise KeyError(kind)
@@ -810,7 +811,7 @@ def save_checkpoint(files):
     last.pt comes last in `files` and moves last: who resumes from it finds the other files of the same step.
     """
     for path, content in files.items():
-        # torch's checksums take 30 s of the 40 s that a last.pt of 17 GB takes, and torch.load does not look at them.
+        # A last.pt of 17 GB takes some 40 s with torch's checksums and 10 s without; torch.load does not look at them.
         torch.serialization.set_crc32_options(path.name != "last.pt")
         with open(f"{path}.tmp", "wb") as file:
             torch.save(content, file)
@@ -836,11 +837,13 @@ class Log:
             path = args.out / "log.csv"
             args.out.mkdir(parents=True, exist_ok=True)
             rows = list(csv.DictReader(path.read_text().splitlines())) if start and path.exists() else []
-            file = open(f"{path}.tmp", "w", newline="", buffering=1)  # each line goes to the disk at once
-            self.csv = csv.DictWriter(file, ["step", "epoch", *columns, "images_per_s", "memory_gb", "skipped"])
-            self.csv.writeheader()
-            self.csv.writerows(row for row in rows if int(row["step"]) <= start)
+            columns = ["step", "epoch", *columns, "images_per_s", "memory_gb", "skipped"]
+            with open(f"{path}.tmp", "w", newline="") as file:
+                table = csv.DictWriter(file, columns)
+                table.writeheader()
+                table.writerows(row for row in rows if int(row["step"]) <= start)
             os.replace(f"{path}.tmp", path)
+            self.csv = csv.DictWriter(open(path, "a", newline="", buffering=1), columns)  # line by line to the disk
 
     def new_interval(self, step):
         self.sums, self.first, self.time = {}, step, time.perf_counter()

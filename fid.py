@@ -333,12 +333,14 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.layers:
-                yield x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)  # (B, C, H, W)
+                y = x.float()  # training may run the layers in bf16, but not what follows
+                yield y / (torch.linalg.vector_norm(y, dim=1, keepdim=True) + 1e-10)  # (B, C, H, W)
 
     def forward(self, a, b):
         distance = 0
         for head, fa, fb in zip(self.heads.values(), self.unit_features(a), self.unit_features(b), strict=True):
-            distance = distance + head["model"]((fa - fb).square()).mean((1, 2, 3))
+            with torch.autocast(fa.device.type, enabled=False):
+                distance = distance + head["model"]((fa - fb).square()).mean((1, 2, 3))
         return distance  # (B,)
 
 

@@ -345,6 +345,7 @@ def train(args):
             discriminator.heads.load_state_dict(last["discriminator"])
             disc_optimizer.load_state_dict(last["disc_optimizer"])
         skipped = last["skipped"]
+        last = None  # lets go of the file
     if args.compile if args.compile is not None else device.type == "cuda":  # before DDP; the average stays eager
         compile_blocks(encoder.vit, model, *([discriminator.vit] if discriminator else []))
     ddp = distribute(model, device)

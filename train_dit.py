@@ -256,6 +256,7 @@ def train(args):
         ema.module.load_state_dict(last["ema"])
         optimizer.load_state_dict(last["optimizer"])
         skipped = last["skipped"]
+        last = origin = None  # lets go of the file
     ddp = distribute(model, device)
     if decoder and (args.rank == 0 or args.fid_every):
         decoder = decoder.to(device)

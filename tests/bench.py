@@ -1,21 +1,22 @@
-"""How fast is it here? Every hot path, as a Markdown table; the numbers are appended to runs/bench.jsonl too.
+"""How fast is it here? Every hot path, as the README's Markdown table; JSON is appended to runs/bench.jsonl.
 
-    python tests/bench.py                       # the published sizes; on a CPU with one image at a time
-    python tests/bench.py --quick               # small sizes, under two minutes on two CPU cores
-    python tests/bench.py --only dit sample     # some parts
+    python tests/bench.py                            # the published sizes; on a CPU with one image at a time
+    python tests/bench.py --only attention swiglu    # some parts
+    python tests/bench.py --quick                    # small sizes, under two minutes on two CPU cores
 
-Weights are random, which are as fast as trained ones; training steps are those of the real scripts, compiled on CUDA,
+Weights are random, which are as fast as trained ones. Training steps are those of the real scripts, compiled on CUDA,
 with images that lie ready in memory (the part `loader` measures how fast files arrive). Peak: the fastest of large
 matrix products in the same precision. Its share counts the model's FLOPs alone, from shapes: two for each multiply-add
-of the matrix products, convolutions and attention of a forward (torch's FlopCounterMode); a training step takes three
-forwards of what trains, one of what is frozen, two of what is frozen and passes a gradient on, and none for
-recomputation, AdamW, EMA, norms or the loss.
+of the matrix products, convolutions and attention of a forward (torch's FlopCounterMode). A training step takes three
+forwards of what trains, one of what is frozen, two of what is frozen and passes a gradient on; recomputation, AdamW,
+EMA, norms and the loss count nothing. A row that does not fit into the memory says so.
 """
 
 import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import gc
 import io
 import json
@@ -30,6 +31,8 @@ from unittest import mock
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,18 +49,20 @@ import train_dit
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 PUBLISHED = dict(
-    encoder="dinov2-b", size=256, decoder="ViT-XL", lpips=1, fid_images=16, fid_rows=10000, files=500,
-    dits=["DiT-XL", "DiT-DH-S", "DiT-DH-B", "DiT-DH-L", "DiT-DH-XL"], sampled=("DiT-DH-XL", "DiT-DH-S"),
-)  # fmt: skip
+    encoder="dinov2-b", size=256, latents=(768, 16, 16), decoder="ViT-XL", lpips=1, fid_images=16, fid_rows=10000,
+    dits=["DiT-XL", "DiT-DH-S", "DiT-DH-B", "DiT-DH-L", "DiT-DH-XL"], drawn_by=("DiT-DH-XL", "DiT-DH-S"), files=500,
+    tokens=(256, 1024), swiglu=2048,
+)
 SETTINGS = {  # batches: micro-batch, and micro-batches in a step; the GPU's are the recipe's, as one of 8 or 32 GPUs
-    "cuda": PUBLISHED | dict(encoded=256, decoder_batch=(16, 4), dit_batch=(32, 4), drawn=64, steps=50, measured=20),
-    "cpu": PUBLISHED | dict(encoded=4, decoder_batch=(1, 1), dit_batch=(1, 1), drawn=1, steps=2, measured=2),
-    "quick": dict(
-        encoder="random-tiny", size=32, decoder="ViT-tiny", lpips=0, fid_images=2, fid_rows=1000, files=100,
-        dits=["DiT-DH-tiny"], sampled=("DiT-DH-tiny", "DiT-DH-tiny"), encoded=100, decoder_batch=(2, 1),
-        dit_batch=(32, 1), drawn=100, steps=5, measured=20,
-    ),
-}  # fmt: skip
+    "cuda": PUBLISHED | dict(encoded=256, decoder_batch=(16, 4), dit_batch=(32, 4), micro_batches=(16, 32, 64),
+                             attended=32, saved_gb=17, drawn=64, steps=50, repeats=20),
+    "cpu": PUBLISHED | dict(encoded=4, decoder_batch=(1, 1), dit_batch=(1, 1), micro_batches=(1, 2),
+                            attended=1, saved_gb=0.5, drawn=1, steps=2, repeats=2),
+    "quick": dict(encoder="random-tiny", size=32, latents=(128, 4, 4), decoder="ViT-tiny", lpips=0, fid_images=2,
+                  fid_rows=1000, dits=["DiT-DH-tiny"], drawn_by=("DiT-DH-tiny", "DiT-DH-tiny"), files=100, tokens=(64,),
+                  swiglu=128, encoded=100, decoder_batch=(2, 1), dit_batch=(32, 1),
+                  micro_batches=(1, 2), attended=1, saved_gb=0.02, drawn=100, steps=5, repeats=20),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,13 +74,25 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def seconds(run, repeats=1):
-    """Wall time of a call, the mean of `repeats`, after one that warms up."""
-    run()
+def fitting(run):
+    """None where the GPU's memory is too small: the row says so, and the bench goes on."""
+
+    @functools.wraps(run)
+    def attempt(*arguments):
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            return run(*arguments)
+
+    return attempt
+
+
+@fitting
+def seconds(run, repeats, *inputs):
+    """Wall time of run(*inputs), the mean of `repeats`, after one that warms up."""
+    run(*inputs)
     synchronize()
     began = time.perf_counter()
     for _ in range(repeats):
-        run()
+        run(*inputs)
     synchronize()
     return (time.perf_counter() - began) / repeats
 
@@ -88,8 +105,8 @@ def enough_memory(model, bytes_per_parameter=20):
 
 
 def reset_peak_memory():
-    gc.collect()
     if CUDA:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     elif os.path.exists("/proc/self/clear_refs"):  # Linux: the peak of the resident set begins anew
@@ -117,7 +134,7 @@ def matmul_peak(precision, n):
     """FLOP/s of the fastest of five n x n matrix products."""
     a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     set_precision(precision)
-    return 2 * n**3 / min(seconds(lambda: a @ a, 5) for _ in range(5))
+    return 2 * n**3 / min(seconds(torch.mm, 5, a, a) for _ in range(5))
 
 
 @torch.no_grad()
@@ -139,8 +156,8 @@ def make_dit(name, latents):
     return dit.DiT(*latents[:2], 1000, **dit.SIZES[name], allow_narrow=True)  # a narrow one is as fast as it would be
 
 
-def make_decoder(s, latents):
-    return decoder.Decoder(*latents[:2], s["size"] // latents[1], **decoder.SIZES[s["decoder"]])
+def make_decoder(s):
+    return decoder.Decoder(*s["latents"][:2], s["size"] // s["latents"][1], **decoder.SIZES[s["decoder"]])
 
 
 def dit_flops(name, latents):
@@ -149,7 +166,7 @@ def dit_flops(name, latents):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Random weights and ready images in the place of downloads and files
+# The scripts with random weights and ready images in the place of downloads and files
 
 
 def random_weights(module, *_, **__):
@@ -165,7 +182,7 @@ def ready_batches(dataset, batches, workers, device):
     for items in batches:
         n = len(items)
         pixels = torch.randint(256, (n, 3, size, size), dtype=torch.uint8)
-        yield pixels.pin_memory() if CUDA else pixels, torch.arange(n) % 10, torch.arange(n), torch.zeros(n)
+        yield pixels.pin_memory() if CUDA else pixels, torch.arange(n) % 10, torch.arange(n)
 
 
 @contextlib.contextmanager
@@ -177,139 +194,239 @@ def offline():
             (encoder, "make_loader", ready_batches),
             (fid, "load_weights", random_weights),
             (train_decoder, "load_dino", lambda *_: timm.create_model(train_decoder.DINO, act_layer="gelu_tanh")),
-            (encoder, "save", lambda files: None),
+            (train_decoder, "save_checkpoint", lambda files: None),
+            (train_dit, "save_checkpoint", lambda files: None),
         ):
             stack.enter_context(mock.patch.object(place, name, new))
         yield
 
 
-def training_speed(script, argv, s, batch, steps):
-    """Seconds for each step of a training script, over its second interval of so many steps, from its log."""
-    micro, accumulate = batch
-    total = micro * accumulate
+@fitting
+def step_seconds(script, s, precision, micro_batch, accumulate, steps, *flags):
+    """Seconds for each step of a training script, from its log: over its second interval of so many steps."""
+    batch = micro_batch * accumulate
+    flags = ["--data", "shapes", "--encoder", s["encoder"], "--size", s["size"], "--precision", precision, "--batch",
+             batch, "--micro-batch", micro_batch, "--log-every", steps, "--epochs", 2 * steps * batch / 8000,
+             "--preview-every", 0, "--warmup", 0, *flags]
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         with contextlib.redirect_stderr(io.StringIO()):
-            script.main([
-                "--data", "shapes", "--encoder", s["encoder"], "--size", str(s["size"]), "--out", out,
-                "--batch", str(total), "--micro-batch", str(micro), "--log-every", str(steps),
-                "--epochs", str(2 * steps * total / 8000), "--preview-every", "0", "--warmup", "0", *argv,
-            ])  # fmt: skip
+            script.main([*map(str, flags), "--out", out])
         with open(Path(out) / "log.csv") as file:
-            return total / float(list(csv.DictReader(file))[-1]["images_per_s"])
+            return batch / float(list(csv.DictReader(file))[-1]["images_per_s"])
+
+
+def decoder_row(s, precision, batch, gan):
+    """A step of stage 1. The generator's adversarial term: T + H forward and back to the pixels. The discriminator's:
+    a fresh reconstruction, T for a real and a fake image, H trained on both."""
+    images = torch.zeros(2, 1, 3, s["size"], s["size"])
+    D = forward_flops(empty(lambda: make_decoder(s)), torch.zeros(1, *s["latents"]))
+    flops = 3 * D + forward_flops(encoder.Encoder(s["encoder"], s["size"]).to(DEVICE), images[0])
+    if s["lpips"]:
+        flops += 3 * forward_flops(fid.LPIPS().to(DEVICE), *images) / 2  # of one image
+    if gan:
+        discriminator = train_decoder.Discriminator().to(DEVICE)
+        T = forward_flops(discriminator.vit, torch.zeros(1, 3, 224, 224))
+        H = forward_flops(discriminator, images[0]) - T
+        flops += 2 * (T + H) + D + 2 * (T + 3 * H)
+        del discriminator
+    losses = "L1" + ", LPIPS" * bool(s["lpips"]) + ", GAN" * gan
+    taken = step_seconds(train_decoder, s, precision, *batch, s["repeats"] if CUDA or not gan else 1,
+                         "--model", s["decoder"], "--lpips", s["lpips"], "--gan", 0.75 * gan, "--disc-start", 0,
+                         "--gan-start", 0)
+    count = batch[0] * batch[1]
+    return f"decoder step, {s['decoder']}, {losses}, micro-batch {batch[0]} x {batch[1]}", count, taken, count * flops
+
+
+def dit_row(s, precision, name, batch):
+    """A step of stage 2."""
+    flops = forward_flops(encoder.Encoder(s["encoder"], s["size"]).to(DEVICE), torch.zeros(1, 3, s["size"], s["size"]))
+    flops += 3 * dit_flops(name, s["latents"])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"mean": None, "var": torch.ones(s["latents"])}, f"{folder}/stat.pt")
+        taken = step_seconds(train_dit, s, precision, *batch, s["repeats"], "--model", name, "--allow-narrow",
+                             "--stats", f"{folder}/stat.pt")
+    count = batch[0] * batch[1]
+    return f"DiT step, {name}, with encoder, micro-batch {batch[0]} x {batch[1]}", count, taken, count * flops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The parts: each yields (what, images, seconds, FLOPs or None)
+# The parts: each yields rows (what, images, seconds, FLOPs), each but the first perhaps None
 
 
-def encode(s, precision, latents):
+def encode(s, precision):
     model = encoder.Encoder(s["encoder"], s["size"]).to(DEVICE)
     images = torch.rand(s["encoded"], 3, s["size"], s["size"], device=DEVICE)
     flops = len(images) * forward_flops(model, images[:1])
     if CUDA:
         encoder.compile_blocks(model.vit)
-    with set_precision(precision):
-        yield f"encode, {s['encoder']}", len(images), seconds(lambda: model(images), s["measured"]), flops
+    yield f"encode, {s['encoder']}", len(images), seconds(model, s["repeats"], images), flops
 
 
-def decoder_step(s, precision, latents):
-    images = torch.zeros(2, 1, 3, s["size"], s["size"])
-    D = forward_flops(empty(lambda: make_decoder(s, latents)), torch.zeros(1, *latents))
-    E = forward_flops(encoder.Encoder(s["encoder"], s["size"]).to(DEVICE), images[0])
-    V = forward_flops(fid.LPIPS().to(DEVICE), *images) / 2 if s["lpips"] else 0  # of one image
-    discriminator = train_decoder.Discriminator().to(DEVICE)
-    T = forward_flops(discriminator.vit, torch.zeros(1, 3, 224, 224))
-    H = forward_flops(discriminator, images[0]) - T
-    del discriminator
-    count = s["decoder_batch"][0] * s["decoder_batch"][1]
-    for gan in (0, 0.75):
-        # The generator's term: T + H forward and back to the pixels. The discriminator's: a fresh reconstruction, T
-        # for a real and a fake image, H trained on both.
-        flops = E + 3 * D + 3 * V + bool(gan) * (2 * (T + H) + D + 2 * (T + 3 * H))
-        argv = ["--model", s["decoder"], "--precision", precision, "--gan", str(gan), "--lpips", str(s["lpips"]),
-                "--disc-start", "0", "--gan-start", "0"]  # fmt: skip
-        steps = s["measured"] if not gan or CUDA else 1
-        step = training_speed(train_decoder, argv, s, s["decoder_batch"], steps)
-        loss = ("L1, LPIPS" if s["lpips"] else "L1") + (", GAN" if gan else "")
-        yield f"decoder step, {s['decoder']}, {loss}", count, step, count * flops
+def decoder_steps(s, precision):
+    for gan in (False, True):
+        yield decoder_row(s, precision, s["decoder_batch"], gan)
 
 
-def dit_step(s, precision, latents):
-    E = forward_flops(encoder.Encoder(s["encoder"], s["size"]).to(DEVICE), torch.zeros(1, 3, s["size"], s["size"]))
-    count = s["dit_batch"][0] * s["dit_batch"][1]
-    with tempfile.TemporaryDirectory() as folder:
-        stats = Path(folder) / "stat.pt"
-        torch.save({"mean": None, "var": torch.ones(latents)}, stats)
-        for name in s["dits"]:
-            with torch.device("meta"):
-                fits = enough_memory(make_dit(name, latents))
-            if not fits:
-                print(f"left out, too large for the memory: {name}", file=sys.stderr)
-                continue
-            flops = count * (E + 3 * dit_flops(name, latents))
-            argv = ["--model", name, "--precision", precision, "--stats", str(stats), "--allow-narrow"]
-            yield (
-                f"DiT step, {name}, with encoder",
-                count,
-                training_speed(train_dit, argv, s, s["dit_batch"], s["measured"]),
-                flops,
-            )
+def dit_steps(s, precision):
+    for name in s["dits"]:
+        with torch.device("meta"):
+            fits = enough_memory(make_dit(name, s["latents"]))
+        too_large = f"DiT step, {name}: too large", None, None, None
+        yield dit_row(s, precision, name, s["dit_batch"]) if fits else too_large
+
+
+def micro_batches(s, precision):
+    """The recipes' models, one micro-batch a step."""
+    for n in s["micro_batches"]:
+        yield decoder_row(s, precision, (n, 1), bool(s["lpips"]))
+        yield dit_row(s, precision, s["dits"][-1], (n, 1))
+
+
+def plain_attention(q, k, v):
+    return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
+
+
+def forward_and_backward(run, leaves, *inputs):
+    torch.autograd.grad(run(*inputs).sum(), leaves)
+
+
+def attention(s, precision):
+    """Both forms of dit.attention, 16 heads; the one that it chooses is marked."""
+    B, heads, dtype = s["attended"], 16, torch.bfloat16 if precision == "bf16" else torch.float32
+    for N, d in [(N, d) for N in s["tokens"] for d in (72, 128)]:
+        qkv = [torch.randn(B, heads, N, d, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
+        with mock.patch.object(dit.F, "scaled_dot_product_attention") as fused:
+            dit.attention(*qkv)
+        chosen = "fused" if fused.called else "plain"
+        for name, form in (("fused", F.scaled_dot_product_attention), ("plain", plain_attention)):
+            what = f"attention, {N} tokens, head width {d}, {name}{' (chosen)' * (name == chosen)}"
+            form, flops = torch.compile(form, dynamic=False) if CUDA else form, 4 * B * heads * N * N * d
+            with torch.no_grad():
+                yield f"{what}, forward", B, seconds(form, s["repeats"], *qkv), flops
+            taken = seconds(forward_and_backward, s["repeats"], form, qkv, *qkv)
+            yield f"{what}, forward and backward", B, taken, 3 * flops
+
+
+def swiglu(s, precision):
+    """The MLP of the head's width as it is, 5461 hidden channels, and padded to a multiple of 8."""
+    width, B, N = s["swiglu"], s["attended"], s["tokens"][0]
+    hidden = dit.SwiGLU(width).w3.in_features
+    x = torch.randn(B, N, width, device=DEVICE, requires_grad=True)
+    for padded in (hidden, -(-hidden // 8) * 8):
+        model = dit.SwiGLU(width)
+        model.w12, model.w3 = nn.Linear(width, 2 * padded), nn.Linear(padded, width)
+        leaves = [x, *model.to(DEVICE).parameters()]
+        if CUDA:
+            model.compile(dynamic=False)
+        what, flops = f"SwiGLU, {width} wide, {padded} hidden, {N} tokens", 6 * x.numel() * padded
+        with torch.no_grad():
+            yield f"{what}, forward", B, seconds(model, s["repeats"], x), flops
+        taken = seconds(forward_and_backward, s["repeats"], model, leaves, x)
+        yield f"{what}, forward and backward", B, taken, 3 * flops
 
 
 @torch.no_grad()
-def sampling(s, precision, latents):
-    names = dict(zip(("strong", "weak"), s["sampled"], strict=True))
-    flops = {key: dit_flops(name, latents) for key, name in names.items()}
-    models = {key: make_dit(name, latents).to(DEVICE).eval() for key, name in names.items()}
-    strong, weak = models["strong"], models["weak"]
-    for model in models.values():
+def sampling(s, precision):
+    (strong_name, weak_name), latents, steps, n = s["drawn_by"], s["latents"], s["steps"], s["drawn"]
+    S, W = (dit_flops(name, latents) for name in s["drawn_by"])
+    strong, weak = (make_dit(name, latents).to(DEVICE).eval() for name in s["drawn_by"])
+    for model in (strong, weak):
         random_weights(model)  # adaLN-zero's zeros would leave nothing to guide
-    pixels = make_decoder(s, latents).to(DEVICE).eval()
+    pixels = make_decoder(s).to(DEVICE).eval()
     D = forward_flops(pixels, torch.zeros(1, *latents))
-    if CUDA:
-        encoder.compile_blocks(strong, weak, pixels)
-    n, steps = s["drawn"], s["steps"]
     noise = torch.randn(n, *latents, device=DEVICE)
-    y = torch.arange(n, device=DEVICE) % 1000
-    inside = sum(0.1 <= t <= 0.9 for t in dit.time_shift(torch.linspace(1, 0, steps + 1), dit.shift_for(latents))[:-1])
-    for what, velocity, total in (
-        ("unguided", dit.guided(strong, y), steps * flops["strong"]),
-        ("CFG", dit.guided(strong, y, 2.0), steps * 2 * flops["strong"]),
-        ("CFG for t in [0.1, 0.9]", dit.guided(strong, y, 2.0, None, (0.1, 0.9)), (steps + inside) * flops["strong"]),
-        (f"AutoGuidance by {names['weak']}", dit.guided(strong, y, 1.42, weak), steps * sum(flops.values())),
-        (f"the guide alone, {names['weak']}", dit.guided(weak, y), steps * flops["weak"]),
-    ):
-        with set_precision(precision):
-            taken = seconds(lambda: pixels(dit.sample(velocity, noise, steps, dit.shift_for(latents))))  # noqa: B023
-        yield f"sample, {names['strong']}, {steps} steps, {what}", n, taken, n * (float(total) + D)
+    y, shift = torch.arange(n, device=DEVICE) % 1000, dit.shift_for(latents)
+    inside = sum(0.1 <= t <= 0.9 for t in dit.time_shift(torch.linspace(1, 0, steps + 1), shift)[:-1].tolist())
+
+    def draw(velocity):
+        pixels(dit.sample(velocity, noise, steps, shift))
+
+    for kind in ("eager", "compiled") if CUDA else ("eager",):
+        if kind == "compiled":
+            encoder.compile_blocks(strong, weak, pixels)
+        for what, velocity, flops in (
+            ("unguided", dit.guided(strong, y), steps * S),
+            ("CFG", dit.guided(strong, y, 2.0), steps * 2 * S),
+            ("CFG for t in [0.1, 0.9]", dit.guided(strong, y, 2.0, None, (0.1, 0.9)), (steps + inside) * S),
+            (f"AutoGuidance by {weak_name}", dit.guided(strong, y, 1.42, weak), steps * (S + W)),
+        ):
+            what = f"sample, {strong_name}, {steps} steps, {what}, {kind}"
+            yield what, n, seconds(draw, 1, velocity), n * (flops + D)
 
 
 @torch.no_grad()
-def evaluation(s, precision, latents):
+def evaluation(s, precision):
     """The parts of fid.py, always in float32."""
-    set_precision(precision)
     n, rows = s["fid_images"], s["fid_rows"]
     images = torch.randint(256, (n, 3, 256, 256), dtype=torch.uint8, device=DEVICE)
-    a, b = images / 255, images.flip(0) / 255
-    features = torch.randn(rows, 2048, device=DEVICE)
+    a, b, features = images / 255, images.flip(0) / 255, torch.randn(rows, 2048, device=DEVICE)
     inception, lpips = fid.load_inception(device=DEVICE), fid.LPIPS().to(DEVICE)
     statistics = fid.FeatureStatistics(2048, DEVICE)
-    flops = n * forward_flops(inception, images[:1])
-    yield "Inception features, 256 px", n, seconds(lambda: inception(images)), flops
-    yield "mean and covariance, 2048 dimensions", rows, seconds(lambda: statistics.update(features)), None
-    what = f"precision and recall, {rows} against {rows}"
-    yield what, rows, seconds(lambda: fid.precision_recall(features, features)), None
-    yield "Inception score", rows, seconds(lambda: fid.inception_score(features[:, :1008])), None
-    yield "PSNR, 256 px", n, seconds(lambda: fid.psnr(a, b)), None
-    yield "SSIM, 256 px", n, seconds(lambda: fid.ssim(a, b)), None
-    yield "LPIPS, 256 px", n, seconds(lambda: lpips(2 * a - 1, 2 * b - 1)), n * forward_flops(lpips, a[:1], b[:1])
+    yield "Inception, 256 px", n, seconds(inception, 1, images), n * forward_flops(inception, images[:1])
+    yield "LPIPS, 256 px", n, seconds(lpips, 1, a, b), n * forward_flops(lpips, a[:1], b[:1])
+    yield "SSIM, 256 px", n, seconds(fid.ssim, 1, a, b), None
+    yield "mean and covariance, 2048 dimensions", rows, seconds(statistics.update, 1, features), None
+    taken = seconds(fid.precision_recall, 1, features, features)
+    yield f"precision and recall, {rows} against {rows}", rows, taken, None
     moments = statistics.mean, statistics.cov
     began = time.perf_counter()
     fid.frechet_distance(*moments, *moments)
     yield "Frechet distance, 2048 dimensions", None, time.perf_counter() - began, None
 
 
-def loading(s, precision, latents):
+def saving(s, precision):
+    """A dictionary of the size of DiT-DH-XL's last.pt, to the disk of the current folder."""
+    tensors = {str(i): torch.ones(2**20 + i, device=DEVICE) for i in range(int(s["saved_gb"] * 1e9 / 2**22))}
+    for name, what in (("last.pt", "without CRC32, as last.pt"), ("dit.pt", "with CRC32, as dit.pt")):
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            began = time.perf_counter()
+            encoder.save_checkpoint({Path(folder) / name: tensors})
+            yield f"save {s['saved_gb']} GB, {what}", None, time.perf_counter() - began, None
+
+
+def overlap_worker(rank, s, precision, port, queue):
+    """One of two processes: seconds of a step without all-reduce, with it, and of the all-reduce alone."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = torch.device("cuda", rank) if CUDA else DEVICE
+    if CUDA:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if CUDA else "gloo", rank=rank, world_size=2)
+    model, B = make_dit(s["dits"][-1], s["latents"]).to(device), s["dit_batch"][0]
+    if CUDA:
+        encoder.compile_blocks(model)
+    ddp, x = encoder.distribute(model, device), torch.randn(B, *s["latents"], device=device)
+    t, y = torch.rand(B, device=device), torch.arange(B, device=device)
+
+    def step(synchronized):
+        ddp.require_backward_grad_sync = synchronized
+        with set_precision(precision):
+            loss = dit.flow_matching_loss(ddp, x, y, t, torch.randn_like(x)).mean()
+        loss.backward()
+
+    gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=device)
+    times = [seconds(step, s["repeats"], synchronized) for synchronized in (False, True)]
+    times.append(seconds(dist.all_reduce, s["repeats"], gradients))
+    if rank == 0:
+        queue.put(times)
+    dist.destroy_process_group()
+
+
+def overlap(s, precision):
+    """How much of the gradients' all-reduce between two GPUs hides behind the backward."""
+    what, B = f"DDP, {s['dits'][-1]}", s["dit_batch"][0]
+    if torch.cuda.device_count() < 2:
+        yield f"{what}: needs two GPUs", None, None, None
+        return
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(overlap_worker, (s, precision, 20000 + os.getpid() % 20000, queue), nprocs=2)
+    alone, together, reduce = queue.get()
+    yield f"{what}, forward and backward on each of two GPUs", 2 * B, alone, None
+    hidden = f", {1 - (together - alone) / reduce:.0%} of it hidden"
+    yield f"{what}, the same with all-reduce{hidden}", 2 * B, together, None
+    yield f"{what}, all-reduce alone", None, reduce, None
+
+
+def loading(s, precision):
     """Generated 500 x 375 JPEG files through the loader, as stage 1 and stage 2 crop them."""
     rng = np.random.default_rng(0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -319,23 +436,35 @@ def loading(s, precision, latents):
             smooth = Image.fromarray(rng.integers(256, size=(24, 32, 3), dtype=np.uint8)).resize((500, 375))
             grain = np.asarray(smooth) + rng.normal(0, 8, (375, 500, 3))  # as many bytes as a photograph
             Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i % 10}/{i}.jpg", quality=90)
-        source = encoder.ImageFolder(folder)
-        for stage, transform in (
-            ("stage 1", lambda image, rng: encoder.random_crop(image, 384, 256, rng)),
-            ("stage 2", lambda image, rng: encoder.center_crop_flip(image, 256, rng)),
-        ):
+        source, steps = encoder.ImageFolder(folder), range(4 * s["files"] // 20)
+        for stage, transform in (("stage 1", lambda image, rng: encoder.random_crop(image, 384, 256, rng)),
+                                 ("stage 2", lambda image, rng: encoder.center_crop_flip(image, 256, rng))):
             for workers in sorted({n for n in (0, 1, 2, 4, 8, 12, 16) if n < cores} | {cores}):
-                images, steps = encoder.Images(source, transform), range(4 * s["files"] // 20)
                 batches = encoder.training_batches(len(source), 20, 20, steps, seed=0)
-                loader = iter(encoder.make_loader(images, batches, workers, DEVICE))
+                loader = iter(encoder.make_loader(encoder.Images(source, transform), batches, workers, DEVICE))
                 next(loader)  # the workers have started
                 began = time.perf_counter()
                 count = sum(len(batch[0]) for batch in loader)
                 yield f"loader, {stage}, {workers} workers", count, time.perf_counter() - began, None
 
 
-PARTS = {"encode": encode, "decoder": decoder_step, "dit": dit_step, "sample": sampling, "fid": evaluation,
-         "loader": loading}  # fmt: skip
+PARTS = {"encode": encode, "decoder": decoder_steps, "dit": dit_steps, "micro-batch": micro_batches,
+         "attention": attention, "swiglu": swiglu, "sample": sampling, "fid": evaluation, "save": saving,
+         "all-reduce": overlap, "loader": loading}
+ONCE = ("fid", "save", "loader")  # in one precision
+
+
+def measure(part, s, precision, peak):
+    """The rows of a part, as dictionaries."""
+    reset_peak_memory()
+    with offline() if part != "loader" else contextlib.nullcontext(), set_precision(precision):
+        for what, images, taken, flops in PARTS[part](s, precision):
+            if images and taken is None:
+                what += ": out of memory"
+            yield dict(what=what, precision=precision, images=images, ms=taken and 1000 * taken,
+                       images_per_s=images and taken and images / taken,
+                       share_of_peak=flops and taken and flops / taken / peak, peak_gib=peak_memory())
+            reset_peak_memory()
 
 
 def main(argv=None):
@@ -348,36 +477,20 @@ def main(argv=None):
     s = SETTINGS["quick" if args.quick else DEVICE.type]
     precisions = ["tf32", "bf16"] if CUDA else ["float32"]
     torch.manual_seed(0)
-    with offline():
-        record = encoder.Encoder(s["encoder"], s["size"]).record
-    latents = (record["latent_dim"], record["grid"], record["grid"])
-    peaks = {p: matmul_peak(p, 8192 if CUDA else 1024) for p in {*precisions, "float32"}}
-
-    name = (
-        torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads of a CPU ({platform.machine()})"
-    )
-    about = dict(hardware=name, torch=torch.__version__, timm=timm.__version__, date=time.strftime("%F"),
-                 peak_tflops={p: peak / 1e12 for p, peak in peaks.items()}, quick=args.quick)  # fmt: skip
+    peaks = {p: matmul_peak(p, 8192 if CUDA else 512 if args.quick else 1024) for p in {*precisions, "float32"}}
+    name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    about = dict(device=name, torch=torch.__version__, timm=timm.__version__, date=time.strftime("%F"),
+                 peak_tflops={p: peak / 1e12 for p, peak in peaks.items()}, quick=args.quick)
     peak = ", ".join(f"{p} {value:.3g}" for p, value in about["peak_tflops"].items())
     print(f"{name}, torch {about['torch']}, timm {about['timm']}, {about['date']}; measured matmul TFLOP/s: {peak}\n")
-    print("| what | precision | images | ms | images/s | s for 1,000 images | share of peak | peak GiB |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    print("| what | precision | images | ms | images/s | share of peak | peak GiB |\n|---|---|--:|--:|--:|--:|--:|")
     rows = []
     for part in args.only:
-        for precision in precisions if part not in ("fid", "loader") else ["float32"]:
-            reset_peak_memory()
-            patched = offline() if part != "loader" else contextlib.nullcontext()
-            with patched:
-                for what, images, time_taken, flops in PARTS[part](s, precision, latents):
-                    row = dict(what=what, precision=precision, images=images, ms=1000 * time_taken)
-                    row["images_per_s"] = images and images / time_taken
-                    row["s_per_1000"] = images and 1000 * time_taken / images
-                    row["share_of_peak"] = flops and flops / time_taken / peaks[precision]
-                    row["peak_gib"] = peak_memory()
-                    rows.append(row)
-                    shown = [x if isinstance(x, str | int) else "" if x is None else f"{x:.3g}" for x in row.values()]
-                    print(f"| {' | '.join(map(str, shown))} |", flush=True)
-                    reset_peak_memory()
+        for precision in ["float32"] if part in ONCE else precisions:
+            for row in measure(part, s, precision, peaks[precision]):
+                rows.append(row)
+                cells = [x if isinstance(x, str | int) else "" if x is None else f"{x:.3g}" for x in row.values()]
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
     Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     with open(args.json, "a") as file:
         print(json.dumps(about | dict(rows=rows)), file=file)

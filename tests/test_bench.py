@@ -10,7 +10,7 @@ import decoder
 import dit
 
 
-@pytest.mark.parametrize("name, published", [("ViT-B", 22.2), ("ViT-L", 78.1), ("ViT-XL", 106.7)])
+@pytest.mark.parametrize("name, published", [("ViT-B", 22.2), ("ViT-L", 78.1)])
 def test_decoder_flops_are_the_paper_s(name, published):
     """The paper's GFLOPs are multiply-adds (two FLOPs each) and leave out the products of queries, keys and values."""
     size = decoder.SIZES[name]
@@ -36,17 +36,60 @@ def test_dit_flops_are_those_of_its_weights_and_attention(name):
     assert bench.dit_flops(name, (C, grid, grid)) == 2 * total
 
 
+def read_table(printed):
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    return lines[2:]
+
+
 def test_quick_parts_make_a_table_and_append_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(bench.SETTINGS["quick"], "measured", 3)
+    monkeypatch.setitem(bench.SETTINGS["quick"], "repeats", 3)
+    monkeypatch.chdir(tmp_path)  # where the part `save` writes
     path = tmp_path / "new" / "bench.jsonl"
-    bench.main(["--quick", "--only", "encode", "dit", "--json", str(path)])
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in table}) == 1 and len(table) == 2 + 2
+    bench.main(["--quick", "--only", "encode", "dit", "save", "--json", str(path)])
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed and bench.time.strftime("%F") in printed
+    assert len(read_table(printed)) == 1 + 1 + 2
     bench.main(["--quick", "--only", "encode", "--json", str(path)])
     first, second = map(json.loads, path.read_text().splitlines())
-    assert {"hardware", "torch", "date", "peak_tflops"} <= first.keys() and first["torch"] == torch.__version__
-    for row in first["rows"] + second["rows"]:
+    assert {"device", "torch", "date", "peak_tflops"} <= first.keys() and first["torch"] == torch.__version__
+    for row in first["rows"][:2] + second["rows"]:
         assert row["images_per_s"] == pytest.approx(1000 * row["images"] / row["ms"])
         assert row["ms"] > 0 and 0 < row["share_of_peak"] < 1.2 and row["peak_gib"] > 0.01
-    assert [row["what"] for row in first["rows"]] == ["encode, random-tiny", "DiT step, DiT-DH-tiny, with encoder"]
-    assert len(second["rows"]) == 1
+    assert [row["what"] for row in first["rows"]] == [
+        "encode, random-tiny", "DiT step, DiT-DH-tiny, with encoder, micro-batch 32 x 1",
+        "save 0.02 GB, without CRC32, as last.pt", "save 0.02 GB, with CRC32, as dit.pt"]
+    assert len(second["rows"]) == 1 and not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("tmp*"))
+
+
+def test_attention_and_swiglu_have_a_row_for_each_form(tmp_path, capsys):
+    bench.main(["--quick", "--only", "attention", "swiglu", "all-reduce", "--json", str(tmp_path / "bench.jsonl")])
+    rows = [line.split("|")[1].strip() for line in read_table(capsys.readouterr().out)]
+    forms = [f"attention, 64 tokens, head width {d}, {form}, {way}" for d in (72, 128)
+             for form in ("fused (chosen)", "plain") for way in ("forward", "forward and backward")]
+    mlp = [f"SwiGLU, 128 wide, {hidden} hidden, 64 tokens, {way}" for hidden in (341, 344)
+           for way in ("forward", "forward and backward")]
+    assert rows[:-1] == forms + mlp and (torch.cuda.device_count() > 1 or rows[-1].endswith("needs two GPUs"))
+
+
+def test_the_plain_form_is_that_of_dit():
+    """On the CPU dit.attention chooses it for bfloat16; on CUDA for float32."""
+    q, k, v = torch.randn(3, 1, 2, 16, 8, dtype=torch.bfloat16)
+    assert torch.equal(bench.plain_attention(q, k, v), dit.attention(q, k, v))
+
+
+def test_a_row_out_of_memory_says_so(monkeypatch):
+    def too_large(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(dit.DiT, "forward", too_large)
+    monkeypatch.setattr(bench, "dit_flops", lambda *_: 1)
+    (row,) = bench.measure("dit", bench.SETTINGS["quick"], "float32", peak=1.0)
+    assert row["what"].endswith(": out of memory") and row["ms"] is row["images_per_s"] is row["share_of_peak"] is None
+
+
+@pytest.mark.parametrize("settings", bench.SETTINGS.values(), ids=bench.SETTINGS)
+def test_latents_are_those_of_the_encoder(settings):
+    with bench.offline():
+        record = bench.encoder.Encoder(settings["encoder"], settings["size"]).record
+    assert settings["latents"] == (record["latent_dim"], record["grid"], record["grid"])

@@ -104,6 +104,8 @@ def test_any_vit_by_its_name(name, tmp_path):
         for row, column in [(0, 0), (0, side - 1), (side - 1, 0), (side // 2, 1)]:
             torch.testing.assert_close(z[:, :, row, column], expected[:, row * side + column], rtol=1e-3, atol=1e-4)
 
+    if name == "mae-b":  # too small to see in the tokens
+        assert {norm.eps for norm in encoder.modules() if isinstance(norm, nn.LayerNorm)} == {1e-12}
     if hasattr(encoder.vit.blocks[0].mlp, "act") and "eva" not in name:
         x = torch.linspace(-3, 3, 50)
         tanh = "siglip" in name
@@ -229,6 +231,21 @@ def test_offline_the_message_names_the_url_at_once(name, tmp_path, monkeypatch):
     assert "\n" not in message and f"cannot download the weights of {ENCODERS[name]} (URLError: " in message
     assert message.endswith(f": fetch {URLS[name]} and pass it with --encoder-weights PATH")
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_silent_host_is_not_waited_for(monkeypatch):
+    """It is asked with a time limit before torch, which has none, downloads."""
+    limits = []
+
+    def silent(url, timeout):
+        limits.append(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(encoders.urllib.request, "urlopen", silent)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: pytest.fail("torch would wait for ever"))
+    with pytest.raises(ValueError, match="TimeoutError: timed out"):
+        Encoder("dinov2-s", 256, **SMALL)
+    assert limits == [10]
 
 
 def test_a_mirror_of_the_hub_is_asked_instead(monkeypatch):
@@ -501,6 +518,7 @@ def test_description_names_the_first_classes(tmp_path):
     make_images(tmp_path / "five", 5, (4, 4), classes="abcde")
     assert encoders.describe(encoders.ImageFolder(tmp_path / "five")).endswith(
         "five: 5 images, 5 classes (0 a, 1 b, 2 c, 3 d, 4 e)")
+    assert encoders.describe(encoders.ImageFolder(tmp_path / "five" / "a")).endswith("a: 1 images, 1 class (0 a)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

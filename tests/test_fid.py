@@ -348,7 +348,7 @@ def quick_distance(mu1, sigma1, mu2, sigma2):
 def test_inception_suite(tmp_path, inception, monkeypatch, capsys):
     """All five numbers against second ways to compute them, from the features of the same pass."""
     a = save_images(tmp_path / "a.npz", 6)
-    b = (a[:1] // 2 + torch.arange(5).view(-1, 1, 1, 1)).byte()  # much alike: recall is below precision
+    b = torch.cat([a[:2], a[:2] // 2, a[:1] // 3])  # a part of what a shows: recall is below precision
     np.savez(tmp_path / "b.npz", b.permute(0, 2, 3, 1))
     seen = []
 

@@ -491,7 +491,7 @@ def test_after_the_first_update_the_average_is_the_weights(settings, initial, tm
 
 def test_average_of_a_short_run_is_as_good_as_its_weights(tmp_path):
     """100 steps of the demo with the paper's decay, under which the initial weights would keep a share of 81 %."""
-    last = train(tmp_path / "run", dict(preset="demo", batch=8, epochs=0.1, warmup=0.01, ema=0.9978, device="cpu"))
+    last = train(tmp_path / "run", dict(preset="demo", batch=4, epochs=0.05, warmup=0.005, ema=0.9978, device="cpu"))
     assert last["step"] == 100
     source, encoder = Shapes(8000, 32), Encoder("random-tiny", 32)
     images = np.stack([np.array(source.open(i)[0]) for i in range(7000, 7032)])
@@ -524,9 +524,9 @@ def test_init_starts_from_the_weights_of_a_file(given, one_process, settings, tm
             torch.testing.assert_close(last[part][key], value, rtol=0, atol=1e-20)
 
 
-def test_a_resumed_run_needs_the_file_of_init_no_more(given, settings, tmp_path):
+def test_a_resumed_run_needs_the_file_of_init_no_more(one_process, settings, tmp_path):
     path = tmp_path / "init.pt"
-    path.write_bytes(given.read_bytes())
+    path.write_bytes((one_process[0] / "decoder.pt").read_bytes())
     whole = train(tmp_path / "whole", settings, init=path)
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 2)
@@ -624,18 +624,19 @@ def test_a_bad_gradient_of_one_model_leaves_the_other_alone(part, adversarial, t
     assert [row["skipped"] for row in log] == [0, 0, 0, 1, 1]
     assert ("l1" in log[3], "disc" in log[3]) == (part != "decoder", part != "discriminator")
     assert all(math.isfinite(value) for row in log for value in row.values())
+    assert "gan" in log[-1] and "lpips" not in log[-1]
 
 
 def test_twenty_bad_gradients_in_a_row_end_the_run(settings, initial, tmp_path, monkeypatch, capsys):
     """A good one in between starts the count again."""
-    make_bad(monkeypatch, "decoder", {step for step in range(99) if step != 19})
+    make_bad(monkeypatch, "decoder", {step for step in range(99) if step != 2})
     with pytest.raises(SystemExit) as end:
         train(tmp_path / "run", settings, epochs=99, lr=1e-30, lr_end=0)
     message = end.value.code  # Python prints it and exits with 1
-    assert message.startswith("stopped at step 40: the gradient was not finite 20 times in a row; ")
+    assert message.startswith("stopped at step 23: the gradient was not finite 20 times in a row; ")
     assert "\n" not in message and f"{tmp_path}/run/last.pt" in message
     last = read(tmp_path / "run/last.pt")
-    assert (last["step"], last["skipped"], last["optimizer"]["state"][0]["step"]) == (40, 39, 1)
+    assert (last["step"], last["skipped"], last["optimizer"]["state"][0]["step"]) == (23, 22, 1)
     for part in ("model", "ema"):
         for key, value in last[part].items():
             torch.testing.assert_close(value, initial[part][key], rtol=0, atol=1e-20)
@@ -699,18 +700,12 @@ def test_draws_of_an_image_do_not_depend_on_its_batch():
 
 def test_demo_with_all_losses_switched_on_by_flags(full, tmp_path):
     weights = {key: full[key] for key in full if key.endswith("_weights")}
-    train(tmp_path / "run", weights, preset="demo", batch=4, epochs=0.003, lpips=1, gan=0.75, disc_start=0.001,
-          gan_start=0.002, warmup=0, log_every=1, device="cpu")
+    train(tmp_path / "run", weights, preset="demo", batch=4, epochs=0.002, lpips=1, gan=0.75, disc_start=0.0005,
+          gan_start=0.001, warmup=0, log_every=1, device="cpu")
     log = numbers(tmp_path / "run")
-    assert len(log) == 6 and all(math.isfinite(value) for row in log for value in row.values())
+    assert len(log) == 4 and all(math.isfinite(value) for row in log for value in row.values())
     assert log[-1]["skipped"] == 0 and {"lpips", "gan", "disc"} <= log[-1].keys()
     assert log[-1]["l1"] < log[0]["l1"] and log[-1]["lpips"] < log[0]["lpips"]
-
-
-def test_gan_without_the_perceptual_loss(adversarial, tmp_path):
-    train(tmp_path / "run", adversarial)
-    log = numbers(tmp_path / "run")
-    assert "lpips" not in log[-1] and "gan" in log[-1] and log[-1]["skipped"] == 0
 
 
 def test_decoder_upsampling(settings, tmp_path, monkeypatch):

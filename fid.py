@@ -555,7 +555,7 @@ def positive(text):
     return int(text)
 
 
-def main(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without the usage
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -577,7 +577,11 @@ def main(argv=None):
     add("--save-stats", metavar="OUT.npz", help="write REFERENCE's statistics, usable as an input (default: don't)")
     add("--json", metavar="OUT.json", help="write the scores in full precision (default: don't)")
     add("--overwrite", action="store_true", help="replace files that exist (default: refuse)")
-    args = parser.parse_args(argv)
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
     torch.set_float32_matmul_precision("highest")  # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 asks for TF32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -493,7 +493,7 @@ def load_vit(vit, model, weights=None):
         problem = f"cannot download the weights of {model}"
         if weights:
             problem = f"cannot read {weights} as weights of {model}"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:200]
         raise ValueError(f"{problem} ({reason}): {fix}") from None
 
 
@@ -540,7 +540,7 @@ def load_stats(path, shape):
         if not mean.isfinite().all() or not (var.isfinite() & (var >= 0)).all():
             raise ValueError("values that are not finite, or a negative variance")
     except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:200]
         raise ValueError(f"--stats {path} holds no latent statistics for this model ({reason}): "
                          "give a stat.pt, ours or published") from None
     return {"mean": mean, "var": var}

@@ -108,7 +108,7 @@ def load_dino(weights=None, num_heads=None):
             mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / D, act_layer="gelu_tanh")
         vit.load_state_dict(state)
     except Exception as error:  # the download and the readers of files raise many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:200]
         raise ValueError(f"no usable DINO for the discriminator at {weights or url} ({reason}): fetch {url} and pass "
                          "it with --dino-weights PATH") from None
     return vit
@@ -355,6 +355,7 @@ def train(args):
     batches, steps = training_loader(images, args, plan, start, device)
     if args.rank == 0:
         centered = Images(source, lambda image, rng: center_crop(image, args.size))
+        centered.unreadable = images.unreadable  # named once
         shown = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()
         shown = torch.stack([centered[i, i][0] for i in shown])  # (8, 3, S, S) uint8
         with autocast:

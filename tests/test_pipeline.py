@@ -1,4 +1,4 @@
-"""The whole pipeline through the real scripts, in small: trained, resumed, sampled; under torchrun; as in the README."""
+"""The whole pipeline through the real scripts, in small: trained, resumed, sampled, under torchrun; by the README."""
 
 import os
 import re

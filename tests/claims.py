@@ -1,6 +1,6 @@
 """The paper's findings in miniature: does this code show them? (Paper: arXiv 2510.11690, section 4)
 
-    python tests/claims.py            # about 20 minutes on two CPU cores
+    python tests/claims.py            # about 20 minutes on two CPU cores: prints the tables, draws .github/claims.png
     python tests/claims.py --quick    # seconds, for a test; its numbers mean nothing
 
 1. Theorem 1: a diffusion model narrower than its tokens cannot even overfit one image; its loss stays above
@@ -42,22 +42,22 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demo_check import draw_samples, draw_shapes, frechet, train_cnn
 
-import decoder as decoders
-import dit
-import encoder as encoders
-import fid
 import train_decoder
 import train_dit
+from decoder import load_decoder, to_uint8
+from dit import DiT, flow_matching_loss, load_dit, normalize, time_shift
+from encoder import Encoder, Shapes
+from fid import psnr as psnr_of
 
 SIZE, TOKEN = 32, 96  # pixels; C of finding 1, for which the paper's ratios of width to C are whole widths
 FULL = dict(
-    seeds=(1, 2, 3), widths=(32, 48, 64, 80, 96, 112), depths=(4, 8), overfit_steps=400, strengths=(1, 2, 8),
+    seeds=(1, 2, 3), widths=(32, 48, 64, 80, 96, 112), depths=(4, 8), overfit=(400, 32), strengths=(1, 2, 8),
     dit_epochs=4, taus=(0, 0.1, 0.8), decoder_epochs=1.5, images=1000, samples=500, judge_images=4000, judge_steps=600,
-)  # fmt: skip
+)
 QUICK = dict(
-    seeds=(1,), widths=(48, 112), depths=(), overfit_steps=100, strengths=(1, 2), dit_epochs=0.04, taus=(0, 0.1),
-    decoder_epochs=0.04, images=100, samples=20, judge_images=200, judge_steps=20,
-)  # fmt: skip
+    seeds=(1,), widths=(48,), depths=(), overfit=(120, 8), strengths=(1, 2), dit_epochs=0.02, taus=(0, 0.1),
+    decoder_epochs=0.02, images=100, samples=20, judge_images=200, judge_steps=10,
+)
 DEPTH, HEAD = 2, 112  # of finding 1: depth where it is the width that varies; width of the DDT head
 DEMO_SHIFT, DEMO_TAU = 2, 0.1
 # The paper's numbers. Loss of one image by width / C (C = 768, depth 12), and at width C / 2 for depths 4 to 24.
@@ -66,34 +66,35 @@ PAPER_SHIFT = {1: "23.08", DEMO_SHIFT: "4.81 (shift 6.93)"}  # gFID of DiT-XL, 8
 PAPER_TAU = {0: ("0.49", "4.81"), 0.8: ("0.57", "4.28")}  # rFID of the ViT-XL decoder, gFID of DiT-XL with it
 
 
-def overfit(width, depth, head, seed, steps):
-    """Finding 1: a DiT fits the latent of one image, with fresh times and noise at each step -> its loss afterwards.
+def overfit(width, depth, head, seed, steps, batch):
+    """Finding 1: a DiT fits `batch` copies of one image's latent, each at a time and noise of its own -> its loss.
 
     For one image Cov(eps - x) is the identity, so Theorem 1 bounds the loss of each element by 1 - width / C.
     head: width of a DDT head of one block, 0 for none.
     """
     torch.manual_seed(seed)
-    encoder = encoders.Encoder("random-tiny", SIZE, embed_dim=TOKEN)
+    encoder = Encoder("random-tiny", SIZE, embed_dim=TOKEN)
     z = encoder(draw_shapes(seed, 256, SIZE)[0])
-    x = dit.normalize(z, {"mean": z.mean(0), "var": z.var(0)})[:1]  # (1, C, 4, 4)
+    x = normalize(z, {"mean": z.mean(0), "var": z.var(0)})[:1]  # (1, C, 4, 4)
     size = dict(head_width=head, head_depth=1, head_heads=4) if head else {}
-    model = dit.DiT(TOKEN, encoder.grid, 0, width, depth, heads=4, allow_narrow=True, **size)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = argparse.Namespace(lr=3e-3, lr_end=0.0, warmup=0.1 * steps, decay_start=0.5 * steps, decay_end=steps)
+    model = DiT(TOKEN, encoder.grid, 0, width, depth, heads=4, allow_narrow=True, **size)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = argparse.Namespace(lr=3e-3, lr_end=0.0, warmup=0.1 * steps, decay_start="50%", decay_end="100%",
+                                  epochs=steps)  # of one step each
 
-    def loss(batch):
-        t = dit.time_shift(torch.randn(batch).sigmoid(), DEMO_SHIFT)
-        noise, y = torch.randn(batch, *x.shape[1:]), torch.full((batch,), model.null_class)
-        return dit.flow_matching_loss(model, x.expand(batch, -1, -1, -1), y, t, noise).mean()
+    def loss(n):
+        t = time_shift(torch.randn(n).sigmoid(), DEMO_SHIFT)
+        noise, y = torch.randn(n, *x.shape[1:]), torch.full((n,), model.null_class)
+        return flow_matching_loss(model, x.expand(n, -1, -1, -1), y, t, noise).mean()
 
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = train_dit.lr_at(step, schedule)
+        optimizer.param_groups[0]["lr"] = train_dit.lr_at(step, schedule, 1)
         optimizer.zero_grad()
-        loss(32).backward()
+        loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     with torch.no_grad():
-        return torch.stack([loss(256) for _ in range(4)]).mean().item()
+        return torch.stack([loss(16 * batch) for _ in range(2)]).mean().item()
 
 
 def train(stage, out, *flags):
@@ -106,8 +107,8 @@ def train(stage, out, *flags):
 
 def generate(folder, decoder_folders, count, seed):
     """Unguided samples of a diffusion model, the same latents through each decoder -> float (n, 3, S, S) for each."""
-    model, info = dit.load_dit(folder / "dit.pt")
-    several = [decoders.load_decoder(path / "decoder.pt")[0] for path in decoder_folders]
+    model, info = load_dit(folder / "dit.pt")
+    several = [load_decoder(path / "decoder.pt")[0] for path in decoder_folders]
 
     def together(z):
         return torch.cat([decoder(z) for decoder in several], 1)  # (n, 3 for each decoder, S, S)
@@ -166,16 +167,16 @@ def measure(plan, work, jobs):
     models += [(narrow, depth, 0) for depth in plan["depths"]] + [(narrow, DEPTH, HEAD)]
     dits = {(a, seed): work / f"dit-{a}-{seed}" for a in plan["strengths"] for seed in seeds}
     several = {(tau, seed): work / f"decoder-{tau}-{seed}" for tau in plan["taus"] for seed in seeds}
-    schedule = ["--epochs", epochs, "--warmup", epochs / 10, "--decay-start", epochs / 3, "--decay-end", epochs]
+    schedule = ["--epochs", epochs, "--warmup", epochs / 10, "--decay-start", "33%", "--decay-end", "100%"]
     tasks = [  # the latents have 128 x 4 x 4 elements, and a = sqrt(elements / base)
         (train, "dit", out, "--seed", seed, "--shift-base", 2048 / a**2, *schedule, "--ema", 0.99, "--stats-images",
          plan["images"]) for (a, seed), out in dits.items()
-    ]  # fmt: skip
+    ]
     tasks += [
         (train, "decoder", out, "--seed", seed, "--tau", tau, "--epochs", plan["decoder_epochs"])
         for (tau, seed), out in several.items()
     ]
-    tasks += [(overfit, *model, seed, plan["overfit_steps"]) for model in models for seed in seeds]
+    tasks += [(overfit, *model, seed, *plan["overfit"]) for model in models for seed in seeds]
     results = run("training", tasks, jobs)[len(dits) + len(several) :]
     losses = {model: results[i * len(seeds) : (i + 1) * len(seeds)] for i, model in enumerate(models)}
 
@@ -189,18 +190,18 @@ def measure(plan, work, jobs):
     for ((a, seed), taus), images in zip(wanted.items(), run("sampling", tasks, jobs), strict=True):
         samples |= {(a, tau, seed): part for tau, part in zip(taus, images, strict=True)}
 
-    cnn = train_cnn(*draw_shapes(100, plan["judge_images"], SIZE), len(encoders.Shapes.classes), plan["judge_steps"])
+    cnn = train_cnn(*draw_shapes(100, plan["judge_images"], SIZE), len(Shapes.classes), plan["judge_steps"])
     held_out, held_out_labels = draw_shapes(101, 2 * plan["images"], SIZE)
-    real, labels = cnn(held_out)[1], torch.arange(plan["samples"]) % len(encoders.Shapes.classes)
+    real, labels = cnn(held_out)[1], torch.arange(plan["samples"]) % len(Shapes.classes)
     judged = {key: judge(cnn, real, images, labels) for key, images in samples.items()}
     shifts = {a: np.array([judged[a, DEMO_TAU, seed] for seed in seeds]).T for a in plan["strengths"]}
-    z, taus = encoders.Encoder("random-tiny", SIZE)(held_out), {}
+    z, taus = Encoder("random-tiny", SIZE)(held_out), {}
     for tau in plan["taus"]:
         rows = []
         for seed in seeds:
-            decoder, _ = decoders.load_decoder(several[tau, seed] / "decoder.pt")
-            recon = decoders.to_uint8(decoder(z)).permute(0, 3, 1, 2) / 255
-            psnr = fid.psnr(recon, held_out).mean().item()
+            decoder, _ = load_decoder(several[tau, seed] / "decoder.pt")
+            recon = to_uint8(decoder(z)).permute(0, 3, 1, 2) / 255
+            psnr = psnr_of(recon, held_out).mean().item()
             rows.append((psnr, judge(cnn, real, recon, held_out_labels)[0], *judged[DEMO_SHIFT, tau, seed]))
         taus[tau] = np.array(rows).T
     return losses, shifts, taus, judge(cnn, real[len(labels) :], held_out[: len(labels)], labels)[0]
@@ -219,9 +220,9 @@ def report(losses, shifts, taus, floor):
             verdict = "below them all" if max(values) < least else "not shown"
         paper = "" if head else f"{PAPER_LOSS[width / TOKEN]:.2f}" if width / TOKEN in PAPER_LOSS else ""
         rows.append((f"{width}" + (f", head {head}" if head else ""), depth, f"{(head or width) / TOKEN:.3f}",
-                     f"{bound:.3f}", paper, spread(values, 3), verdict))  # fmt: skip
+                     f"{bound:.3f}", paper, spread(values, 3), verdict))
     table("1. Theorem 1: the loss of one image", ["width", "depth", "width / C", "bound 1 - width / C", "paper", "here",
-          "verdict"], rows)  # fmt: skip
+          "verdict"], rows)
 
     rows = []
     for a, (distance, share) in shifts.items():
@@ -236,48 +237,59 @@ def report(losses, shifts, taus, floor):
         verdicts = [compare(a, b) for a, b in ((recon, taus[0][1]), (distance, taus[0][2]))] if tau else ["", ""]
         rfid, gfid = PAPER_TAU.get(tau, ("", ""))
         rows.append((tau, rfid, spread(recon), spread(psnr, 1), verdicts[0], gfid, spread(distance, 1),
-                     spread(100 * share, 1), verdicts[1]))  # fmt: skip
+                     spread(100 * share, 1), verdicts[1]))
     table("3. Noise-augmented decoding", ["tau", "paper: rFID", "here: reconstructions", "PSNR", "against tau 0",
-          "paper: gFID", "here: samples", "% in class", "against tau 0"], rows)  # fmt: skip
+          "paper: gFID", "here: samples", "% in class", "against tau 0"], rows)
     print(f"\nFrechet distance of as many real images: {floor:.2f}", flush=True)
 
 
 def draw(path, losses, shifts, taus):
-    """One figure of three panels, on white for light and dark pages."""
-    figure = Figure(figsize=(12, 3.9), layout="constrained", facecolor="white")
-    left, middle, right = figure.subplots(1, 3)
+    """One figure of three panels, on white for light and dark pages. Dots are means, bars the range of the seeds."""
+    figure = Figure(figsize=(13, 4.4), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(wspace=0.06)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
 
-    def points(axis, x, values, color, label=None, marker="o", **style):
-        """The mean as a marker, the seeds' range as a bar."""
+    def points(axis, x, values, color, marker="o", **style):
         mean = np.mean(values)
-        error = [[mean - min(values)], [max(values) - mean]]
-        axis.errorbar(x, mean, error, fmt=marker, color=color, label=label, capsize=4, **style)
+        reach = [[mean - min(values)], [max(values) - mean]]
+        axis.errorbar(x, mean, reach, fmt=marker, color=color, capsize=4, **style)
+        return mean
 
     ratio = np.linspace(0.3, 1.25, 100)
-    left.plot(ratio, (1 - ratio).clip(0), "k--", label="bound 1 − width / C")
+    left.fill_between(ratio, (1 - ratio).clip(0), color="0.88")
+    left.text(0.33, 0.22, "out of reach:\nloss < 1 − width / C\n(Theorem 1)", color="0.35", fontsize=10)
     for (width, depth, head), values in losses.items():
         if head:
-            points(left, width / TOKEN, values, "tab:green", f"with a head of {HEAD / TOKEN:.2f} C", "*", markersize=11)
-        elif depth == DEPTH:
-            points(left, width / TOKEN, values, "tab:blue", f"depth {depth}" if width == TOKEN // 2 else None)
-        else:  # around the former
-            points(left, width / TOKEN, values, "tab:orange", f"depth {depth}", "D", mfc="none", markersize=6 + depth)
-    left.set(xlabel="width of the trunk / C", ylabel="loss", title="One image: Theorem 1")
-    left.legend(frameon=False, fontsize=9)
+            mean = points(left, width / TOKEN, values, "tab:green", "*", markersize=13)
+            left.annotate(f"with a wide head, {HEAD / TOKEN:.2f} C", (width / TOKEN, mean), (10, 5),
+                          textcoords="offset points", color="tab:green", fontsize=10)
+        else:
+            deep = depth != DEPTH  # around the one of usual depth
+            points(left, width / TOKEN, values, "tab:orange" if deep else "tab:blue", "D" if deep else "o",
+                   mfc="none" if deep else None, markersize=6 + depth * deep)
+    if any(depth != DEPTH for _, depth, _ in losses):
+        left.text(0.55, 0.6, "two and four times as deep", color="tab:orange")
+    left.text(0.72, 0.39, f"depth {DEPTH}", color="tab:blue")
+    left.set(xlabel="width of the model / token width C", ylabel="loss of one image", ylim=0, xlim=(0.3, 1.25),
+             title="One image: width against depth")
 
-    for a, (distance, _) in shifts.items():
-        points(middle, a, distance, "tab:blue")
-    middle.set_xscale("log", base=2)
-    middle.set_xticks(list(shifts), [str(a) for a in shifts])
-    middle.set(xlabel="shift (1: none)", ylabel="Fréchet distance of samples", title="Time shift", ylim=0)
+    verdict = compare(shifts[DEMO_SHIFT][0], shifts[1][0])
+    for i, (distance, _) in enumerate(shifts.values()):
+        mean = points(middle, i, distance, "tab:blue", markersize=8)
+        middle.annotate(f"{mean:.0f}", (i, mean), (9, -4), textcoords="offset points", color="tab:blue")
+    names = {1: "none", DEMO_SHIFT: f"{DEMO_SHIFT} (demo)"}
+    middle.set_xticks(range(len(shifts)), [names.get(a, str(a)) for a in shifts])
+    middle.set(xlabel="time shift in training", ylabel="Fréchet distance of samples (lower is better)", ylim=0,
+               xlim=(-0.5, len(shifts) - 0.5), title=f"Time shift {DEMO_SHIFT} against none: {verdict}")
 
-    for i, (_, recon, distance, _) in enumerate(taus.values()):
-        points(right, i, distance, "tab:blue", None if i else "samples")
-        points(right, i, recon, "tab:orange", None if i else "reconstructions")
-    right.set_xticks(range(len(taus)), [str(tau) for tau in taus])
-    right.set(xlabel="tau of the decoder's training (0: no noise)", ylabel="Fréchet distance", ylim=0,
-              title="Noise-augmented decoding")  # fmt: skip
-    right.legend(frameon=False, fontsize=9, loc="center right")
+    for row, color, name in ((2, "tab:blue", "samples"), (1, "tab:orange", "reconstructions")):
+        for i, values in enumerate(taus.values()):
+            mean = points(right, i, values[row], color, markersize=8)
+            right.annotate(f"{mean:.0f}", (i, mean), (9, -4), textcoords="offset points", color=color)
+        right.annotate(name, (0, max(taus[0][row])), (-14, 6), textcoords="offset points", color=color)
+    right.set_xticks(range(len(taus)), [f"{tau} (demo)" if tau == DEMO_TAU else str(tau) for tau in taus])
+    right.set(xlabel="noise tau in the decoder's training", ylabel="Fréchet distance (lower is better)", ylim=0,
+              xlim=(-0.5, len(taus) - 0.5), title="Noise-augmented decoding")
     figure.savefig(path, dpi=100)
 
 

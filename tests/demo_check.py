@@ -17,20 +17,20 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import decoder as decoders
-import dit
-import encoder as encoders
-import fid
+from decoder import load_decoder, to_uint8
+from dit import denormalize, guided, load_dit, sample, sample_noise
+from encoder import Shapes, center_crop_flip
+from fid import frechet_distance
 
 BARS = {"CNN": 0.98, "guided": 0.98, "unguided": 0.95}
 
 
 def draw_shapes(seed, count, size):
     """Real images as stage 2 sees them, half of them mirrored: (count, 3, S, S) in [0, 1], labels (count,)."""
-    source = encoders.Shapes(count, size, seed)
+    source = Shapes(count, size, seed)
     items = [source.draw(i) for i in range(count)]
     rng = np.random.default_rng(seed)
-    images = np.stack([np.asarray(encoders.center_crop_flip(image, size, rng)) for image, _ in items])
+    images = np.stack([np.asarray(center_crop_flip(image, size, rng)) for image, _ in items])
     return torch.from_numpy(images).permute(0, 3, 1, 2) / 255, torch.tensor([label for _, label in items])
 
 
@@ -70,16 +70,16 @@ def draw_samples(model, decoder, info, labels, scale, steps, seed, batch=100):
     """Samples (n, 3, S, S) of the labels (n,), 8-bit as sample.py writes them, in [0, 1]."""
     shape, images = info["stats"]["mean"].shape, []
     for index in torch.arange(len(labels)).split(batch):
-        velocity = dit.guided(model, labels[index], scale)
-        latents = dit.sample(velocity, dit.sample_noise(seed, index.tolist(), shape), steps, info["shift"])
+        velocity = guided(model, labels[index], scale)
+        latents = sample(velocity, sample_noise(seed, index.tolist(), shape), steps, info["shift"])
         with torch.no_grad():
-            images.append(decoders.to_uint8(decoder(dit.denormalize(latents, info["stats"]))))
+            images.append(to_uint8(decoder(denormalize(latents, info["stats"]))))
     return torch.cat(images).permute(0, 3, 1, 2) / 255
 
 
 def frechet(a, b):
     """Frechet distance of two sets of features (n, D)."""
-    return fid.frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    return frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
 
 
 def main(argv=None):
@@ -93,9 +93,9 @@ def main(argv=None):
     paths = [args.runs / "decoder" / "decoder.pt", args.runs / "dit" / "dit.pt"]
     if missing := [str(path) for path in paths if not path.is_file()]:
         sys.exit(f"{' and '.join(missing)} missing: run the demo first, as the README says")
-    decoder, _ = decoders.load_decoder(paths[0])
-    model, info = dit.load_dit(paths[1])
-    size, classes = info["encoder"]["image_size"], encoders.Shapes.classes
+    decoder, _ = load_decoder(paths[0])
+    model, info = load_dit(paths[1])
+    size, classes = info["encoder"]["image_size"], Shapes.classes
 
     held_out, held_out_labels = draw_shapes(seed=101, count=2000, size=size)
     cnn = train_cnn(*draw_shapes(seed=100, count=4000, size=size), len(classes))

@@ -446,13 +446,13 @@ def train(args):
         if done % plan.log_every == 0 or end:
             log.row(done, **rates, skipped=skipped)
         with log.paused():
-            if args.rank == 0 and (plan.due(done, plan.save_every) or end):
-                checkpoint(done)
             if args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
                 with torch.no_grad(), autocast:
                     decoded = to_uint8(ema.module(shown_z)).cpu()
                 grid = image_grid(torch.cat([shown.permute(0, 2, 3, 1), decoded]), len(shown))
                 grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
+            if args.rank == 0 and (plan.due(done, plan.save_every) or end):
+                checkpoint(done)  # after the preview: a run that goes on from here would not draw it
         if end:
             break
     finish(args, done, stop, bad_in_a_row)

@@ -316,11 +316,11 @@ def train(args):
         if done % plan.log_every == 0 or end:
             log.row(done, lr=lr, skipped=skipped)
         with log.paused():
-            if args.rank == 0 and (plan.due(done, plan.save_every) or plan.due(done, args.keep_every) or end):
-                checkpoint(done)
             if decoder and args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
                 grid = image_grid(pictures(range(16), [i * num_classes // 16 for i in range(16)]).cpu(), 8)
                 grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
+            if args.rank == 0 and (plan.due(done, plan.save_every) or plan.due(done, args.keep_every) or end):
+                checkpoint(done)  # after the preview: a run that goes on from here would not draw it
             if args.fid_every and (plan.due(done, args.fid_every) or done == plan.total):
                 score = online_fid(args, pictures, inception, reference, num_classes, plan.micro_batch, device)
                 log.write(done, fid=score)

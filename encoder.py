@@ -16,12 +16,14 @@ import datetime
 import functools
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import urllib.request
 from pathlib import Path
+from traceback import extract_tb
 
 import numpy as np
 import timm
@@ -446,7 +448,7 @@ class Encoder(nn.Module):
     def forward(self, images):
         if not images.is_floating_point():
             raise ValueError(f"the encoder takes float images in [0, 1], not {images.dtype}: divide by 255")
-        if images.shape[-1] > self.image_size:  # decoder upsampling: reduce as the diffusion model's centre crops are
+        if images.shape[-1] > self.image_size:  # decoder upsampling: reduce antialiased, as stage 2's centre crops are
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True)
             images = images.clamp(0, 1)
         if images.shape[-1] != self.input_size:  # the released code resizes so, without antialias
@@ -590,11 +592,12 @@ RUN_FLAGS = [
     ("--save-every",    positive, None,   None,   None,   "epochs between checkpoints (default: 1, or 500 steps)"),
     ("--seed",          natural,  0,      0,      0,      "seed of the weights and of everything that is drawn"),
 ]
-# Arguments of the trainers that may change when a run goes on in its folder: they don't shape its result.
+# Arguments of the trainers that may change when a run goes on in its folder.
 MAY_CHANGE = {"preset", "out", "data", "device", "workers", "compile", "checkpointing", "log_every", "save_every",
               "preview_every", "epochs", "micro_batch", "encoder_weights", "vgg_weights", "lpips_weights",
-              "dino_weights", "allow_narrow", "decoder", "keep_every", "fid_every", "fid_reference", "fid_num",
-              "inception_weights", "rank", "world_size"}
+              "dino_weights", "allow_narrow", "decoder", "default_decoder", "keep_every", "fid_every", "fid_reference",
+              "fid_num", "inception_weights", "rank", "world_size"}
+GIVE_UP_AFTER = 20  # steps in a row whose gradient is not finite
 
 
 class Parser(argparse.ArgumentParser):
@@ -643,8 +646,11 @@ def make_parser(description, flags, argv):
 
 @contextlib.contextmanager
 def one_line_refusals(parser):
-    """The frame around a script's work. Bad input is a ValueError or FileNotFoundError wherever it is found, in a
-    process of the loader too: it ends the script in one line. Everything else keeps its traceback."""
+    """The frame around a script's work: bad input ends it in one line.
+
+    Bad input is a ValueError or FileNotFoundError that one of our own files raises, in a process of the loader too.
+    Everything else keeps its traceback.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     message = None
     try:
@@ -652,8 +658,12 @@ def one_line_refusals(parser):
         if dist.is_initialized():  # not after a failure: a rank that fails alone must not wait for the others
             dist.destroy_process_group()
     except (ValueError, FileNotFoundError) as error:
-        lines = str(error).strip().splitlines()  # a loader's process puts its traceback in front
-        message = lines[-1].removeprefix("ValueError: ") if lines else repr(error)
+        # A loader's process puts its traceback into the message.
+        frames = [frame.filename for frame in extract_tb(error.__traceback__)]
+        frames += re.findall(r'  File "(.+?)"', str(error))
+        if Path(frames[-1]).parent != Path(__file__).parent:
+            raise
+        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -694,7 +704,8 @@ def compile_blocks(*models):
 
 
 def distribute(model, device):
-    """DDP around the model where there are several processes. Call the result, never the model inside it."""
+    """DDP around the model where there are several processes. Train through it; the model inside is for forwards alone.
+    """
     if not dist.is_initialized():
         return model
     device_ids = [device.index] if device.type == "cuda" else None
@@ -714,7 +725,7 @@ def make_ema(model, decay):
 
 
 def agree(stopping, *values):
-    """The step's only wait for the GPU: its scalar tensors as floats, and whether any rank has been told to stop."""
+    """A step's wait for the GPU: scalar tensors as floats, and whether any rank has been told to stop."""
     stop = torch.full_like(values[0], bool(stopping))
     if dist.is_initialized():
         dist.all_reduce(stop, op=dist.ReduceOp.MAX)
@@ -788,7 +799,7 @@ def resume(args, kind, result, **data):
         if differ:
             raise ValueError(f"{args.out} holds a run with other settings ({'; '.join(differ)}): choose another --out, "
                              f"and --init {args.out / result} to go on from its weights")
-    elif (args.out / result).exists() and not (args.out / "last.pt.tmp").exists():  # left where a first save is killed
+    elif (args.out / result).exists() and not (args.out / "last.pt.tmp").exists():  # it stays from a killed first save
         raise ValueError(f"{args.out} holds a {result} but no last.pt to resume from: choose another --out")
     if dist.is_initialized():
         starts = [None] * args.world_size
@@ -904,9 +915,10 @@ def stop_by_signal(rank):
 
 
 def finish(args, done, stop, bad_in_a_row):
-    """The last words of a training loop. Exits with 1 where it gave up after 20 steps without a finite gradient."""
-    if bad_in_a_row == 20:
-        sys.exit(f"stopped at step {done}: the gradient was not finite 20 times in a row; {args.out}/last.pt has the "
-                 "weights from before. Try --precision tf32, --qk-norm or a smaller --lr" if args.rank == 0 else 1)
+    """The last words of a training loop. Exits with 1 where it gave up for want of a finite gradient."""
+    if bad_in_a_row == GIVE_UP_AFTER:
+        words = (f"stopped at step {done}: the gradient was not finite {GIVE_UP_AFTER} times in a row; "
+                 f"{args.out}/last.pt has the weights from before. Try --precision tf32, --qk-norm or a smaller --lr")
+        sys.exit(words if args.rank == 0 else 1)
     if stop and args.rank == 0:
         print(f"stopped and saved at step {done}; the same command resumes", flush=True)

@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from decoder import image_grid, load_decoder, to_uint8
 from dit import denormalize, guided, load_dit, sample, sample_noise, shift_for
-from encoder import (RUN_FLAGS, Encoder, Images, center_crop, compile_blocks, count, fill_up, image_source, load_stats,
-                     make_loader, make_parser, amount, one_line_refusals, open_image, pixel_statistics,
-                     set_up)
+from encoder import (RUN_FLAGS, Encoder, Images, amount, center_crop, compile_blocks, count, fill_up, image_source,
+                     load_stats, make_loader, make_parser, one_line_refusals, open_image, pixel_statistics, set_up)
 
 SAMPLES = "samples.png"
 FLAGS = [
@@ -36,14 +35,14 @@ FLAGS = [
     ("--dit",           str,      None,   None,   None,   "diffusion model (default: runs/<preset>/dit/dit.pt)"),
     ("--decoder",       str,      None,   None,   None,   "decoder (default: runs/<preset>/decoder/decoder.pt)"),
     ("--stats",         str,      None,   None,   None,   "latent statistics of a published diffusion model"),
-    ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", "of published checkpoints; ours know theirs"),
+    ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", "encoder of published files; ours know"),
     ("--encoder-weights", str,    None,   None,   None,   "for --reconstruct: local file, instead of the download"),
     ("--classes",       [str],    None,   None,   None,   "classes by number or name (default: the first ten)"),
     ("--per-class",     count,    None,   None,   None,   "images of each class (default: 4; demo: 10; trajectory: 1)"),
     # not --num: torchrun takes that for an abbreviation of flags of its own
     ("--num-samples",   count,    None,   None,   None,   "draw this many images instead, all classes in turn"),
     ("--unconditional", bool,     False,  False,  False,  "draw without a class"),
-    ("--scale",         amount,   1.0,    1.0,    2.0,    "guidance; 1: none; the paper: 1.42 (512 px: 1.5), --guide"),
+    ("--scale",         amount,   1.0,    1.0,    2.0,    "guidance scale; 1: none; the paper's --guide: 1.42, 1.5"),
     ("--guide",         str,      None,   None,   None,   "weaker diffusion model: AutoGuidance instead of CFG"),
     ("--interval",      [amount, amount], [0, 1], [0, 1], [0, 1], "lowest and highest time t that is guided"),
     ("--steps",         count,    50,     50,     25,     "Euler steps"),
@@ -122,12 +121,12 @@ def decoder_and_encoder(args, encoder=None):
 
 def labels_of(args, model, names):
     """The class of every sample in order; the null class where there is none."""
-    classes = args.classes or [str(i) for i in range(min(10, model.num_classes))]
+    classes = args.classes or [str(i) for i in range(min(10, model.num_classes))]  # numbers or names
     if args.unconditional or not model.num_classes:
         return [model.null_class] * (args.num_samples or max(1, len(classes)) * args.per_class)
     if args.num_samples:
         return [i % model.num_classes for i in range(args.num_samples)]
-    numbers = {str(i): i for i in range(model.num_classes)} | {name: i for i, name in enumerate(names)}
+    numbers = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(model.num_classes)}
     for name in classes:
         if name not in numbers:
             known = f"0 to {model.num_classes - 1}" + f", or names such as {', '.join(names[:5])}" * bool(names)
@@ -190,7 +189,9 @@ def reconstruct(args, device, autocast):
             z = encoder(pixels.to(device, non_blocking=True).float() / 255)  # (B, C, H, W)
             return to_uint8(decoder(z)).cpu().numpy()
 
-    def photo(_):
+    def photo(indices):
+        if not indices:  # another rank has it
+            return
         try:
             image = np.array(center_crop(open_image(args.reconstruct), side))  # (S, S, 3)
         except Exception as error:  # Pillow raises nearly any kind for a damaged file

@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 
 from decoder import SIZES, Decoder, image_grid, load_decoder, patchify, to_uint8
-from encoder import (ENCODER_HELP, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop,
+from encoder import (ENCODER_HELP, GIVE_UP_AFTER, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop,
                      compile_blocks, count, describe, distribute, download, finish, image_source, make_ema, make_parser,
                      one_line_refusals, pixel_statistics, positive, random_crop, resume, save_checkpoint, set_up, share,
                      stop_by_signal, training_loader, weights_url)
@@ -39,7 +39,7 @@ RECIPE = [
     ("--size",          count,    256,    512,    32,     "image side in pixels, as decoded"),
     ("--resize",        count,    None,   None,   32,     "shorter side before the random crop (default: 1.5 --size)"),
     ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", ENCODER_HELP),
-    ("--encoder-size",  count,    None,   None,   None,   "image side of the encoder; 256 with --size 512: upsampling"),
+    ("--encoder-size",  count,    None,   None,   None,   "encoder's image side; 256 with --size 512: upsampling"),
     ("--encoder-weights", str,    None,   None,   None,   "local file, instead of the download"),
     ("--model",         tuple(SIZES), "ViT-XL", "ViT-XL", "ViT-tiny", "size of the decoder"),
     ("--init",          str,      None,   None,   None,   "decoder.pt or published weights to start from"),
@@ -47,20 +47,20 @@ RECIPE = [
     ("--lpips",         amount,   1.0,    1.0,    0.0,    "weight of the perceptual loss; 0: off"),
     ("--gan",           amount,   0.75,   0.75,   0.0,    "weight of the GAN loss, times the adaptive weight; 0: off"),
     ("--disc-start",    amount,   6.0,    6.0,    1.0,    "epoch where the discriminator begins to train"),
-    ("--gan-start",     amount,   8.0,    8.0,    1.5,    "epoch where the decoder begins to see its loss"),
+    ("--gan-start",     amount,   8.0,    8.0,    1.5,    "epoch from which the GAN loss trains the decoder"),
     ("--epochs",        positive, 16.0,   16.0,   3.0,    "length of training and of the cosine schedules"),
     ("--batch",         count,    512,    512,    16,     "images in a step, over all processes"),
     ("--micro-batch",   count,    16,     4,      16,     "most images in one forward; for ViT-XL and 80 GB"),
     ("--lr",            positive, 2e-4,   2e-4,   2e-3,   "learning rate of both AdamWs, without weight decay"),
     ("--lr-end",        amount,   2e-5,   2e-5,   3e-5,   "learning rate at the end of the cosine"),
     ("--warmup",        amount,   1.0,    1.0,    0.2,    "epochs of linear warm-up of either model"),
-    ("--beta1",         share,    0.9,    0.9,    0.9,    "of AdamW; the paper: 0.5"),
-    ("--beta2",         share,    0.95,   0.95,   0.95,   "of AdamW; the paper: 0.9"),
+    ("--beta1",         share,    0.9,    0.9,    0.9,    "AdamW's beta1; the paper: 0.5"),
+    ("--beta2",         share,    0.95,   0.95,   0.95,   "AdamW's beta2; the paper: 0.9"),
     ("--ema",           share,    0.9978, 0.9978, 0.99,   "decay of the weights' moving average"),
     ("--preview-every", amount,   None,   None,   None,   "epochs between previews; 0: none (default: 1, 500 steps)"),
     ("--vgg-weights",   str,      None,   None,   None,   "VGG16 of LPIPS: local file, instead of the download"),
     ("--lpips-weights", str,      None,   None,   None,   "heads of LPIPS: local file, instead of the download"),
-    ("--dino-weights",  str,      None,   None,   None,   "DINO ViT-S/8 of the discriminator: local file, likewise"),
+    ("--dino-weights",  str,      None,   None,   None,   "the discriminator's DINO ViT-S/8: local file"),
 ]
 
 
@@ -345,7 +345,7 @@ def train(args):
             discriminator.heads.load_state_dict(last["discriminator"])
             disc_optimizer.load_state_dict(last["disc_optimizer"])
         skipped = last["skipped"]
-        last = None  # lets go of the file
+        last = None  # last.pt is memory-mapped: release it
     if args.compile if args.compile is not None else device.type == "cuda":  # before DDP; the average stays eager
         compile_blocks(encoder.vit, model, *([discriminator.vit] if discriminator else []))
     ddp = distribute(model, device)
@@ -403,6 +403,7 @@ def train(args):
                 gradient, losses = decoder_losses(
                     fake, real, lpips, args.lpips, discriminator if use_gan else None, args.gan, augment[0], hidden,
                     model.std)
+            # The adaptive weight needs both losses' gradients at the image; their sum goes on through the decoder here.
             fake.backward(gradient * len(real) / plan.local_batch)
             log.add(**losses)
             if train_disc:
@@ -414,7 +415,7 @@ def train(args):
         if finite:  # else weights, moments and average stay as they are
             optimizer.step()
             ema.update(model, step + 1)
-        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP's gradients are views of its buckets and stay
+        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP keeps them as views of its buckets: zero in place
 
         # The discriminator learns from fresh reconstructions of the updated decoder: without noise, in 8 bits.
         if train_disc:
@@ -441,7 +442,7 @@ def train(args):
 
         done = step + 1
         skipped, bad_in_a_row = skipped + (not finite), 0 if finite else bad_in_a_row + 1
-        end = done == plan.total or stop or bad_in_a_row == 20
+        end = done == plan.total or stop or bad_in_a_row == GIVE_UP_AFTER
         log.step(loss)
         if done % plan.log_every == 0 or end:
             log.row(done, **rates, skipped=skipped)

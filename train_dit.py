@@ -25,10 +25,11 @@ from tqdm import tqdm
 from decoder import image_grid, load_decoder, to_uint8
 from dit import (SIZES, DiT, denormalize, flow_matching_loss, guided, load_dit, normalize, sample, sample_noise,
                  shift_for, time_shift)
-from encoder import (ENCODER_HELP, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop_flip,
-                     compile_blocks, count, describe, distribute, finish, image_source, latent_statistics, load_stats,
-                     make_ema, make_loader, make_parser, one_line_refusals, pixel_statistics, positive, random_key,
-                     resume, save_checkpoint, set_up, share, stop_by_signal, training_loader)
+from encoder import (ENCODER_HELP, GIVE_UP_AFTER, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount,
+                     center_crop_flip, compile_blocks, count, describe, distribute, finish, image_source,
+                     latent_statistics, load_stats, make_ema, make_loader, make_parser, one_line_refusals,
+                     pixel_statistics, positive, random_key, resume, save_checkpoint, set_up, share, stop_by_signal,
+                     training_loader)
 from fid import FeatureStatistics, frechet_distance, load_inception, load_statistics
 
 
@@ -56,19 +57,19 @@ RECIPE = [
     ("--lr",            positive, 2e-4,   2e-4,   3e-3,   "learning rate of AdamW (0.9, 0.95), no weight decay"),
     ("--lr-end",        amount,   2e-5,   2e-5,   1e-4,   "learning rate from --decay-end on"),
     ("--warmup",        amount,   0.0,    0.0,    0.4,    "epochs of linear warm-up"),
-    ("--decay-start",   decay_point, "40", "40",  "33%",  "epoch, or share of --epochs, of its linear decay"),
-    ("--decay-end",     decay_point, "800", "800", "100%", "where that ends; inf: never; the paper: always 800"),
+    ("--decay-start",   decay_point, "40", "40",  "33%",  "epoch, or share of --epochs, where it falls; inf: never"),
+    ("--decay-end",     decay_point, "800", "800", "100%", "epoch where the decay ends; the paper: always 800"),
     ("--clip",          amount,   1.0,    1.0,    1.0,    "largest gradient norm; 0: no clipping"),
     ("--ema",           share,    0.9995, 0.9995, 0.995,  "decay of the weights' moving average"),
     ("--label-dropout", share,    0.1,    0.1,    0.1,    "share of labels replaced by the null class"),
     ("--init",          str,      None,   None,   None,   "weights to start from; published ones need their --stats"),
-    ("--stats",         str,      None,   None,   None,   "latent statistics: stat.pt (default: measured on the data)"),
-    ("--stats-images",  count,    50000,  50000,  4000,   "images that they are measured on"),
+    ("--stats",         str,      None,   None,   None,   "latent statistics (default: of --init, or measured)"),
+    ("--stats-images",  count,    50000,  50000,  4000,   "images on which the statistics are measured"),
     ("--decoder",       str,      None,   None,   None,   "decoder for previews (default: of runs/<preset>, if there)"),
     ("--preview-every", amount,   None,   None,   None,   "epochs between previews; 0: none (default: 5, 500 steps)"),
     ("--keep-every",    amount,   0.0,    0.0,    0.0,    "epochs between copies dit-<epoch>.pt that stay; 0: none"),
     ("--fid-every",     amount,   0.0,    0.0,    0.0,    "epochs between online FIDs, unguided; 0: none"),
-    ("--fid-reference", str,      None,   None,   None,   "their reference: VIRTUAL_*.npz or fid.py --save-stats"),
+    ("--fid-reference", str,      None,   None,   None,   "its reference: VIRTUAL_*.npz, or of fid.py --save-stats"),
     ("--fid-num",       count,    10000,  10000,  10000,  "images of an online FID; published ones are of 50,000"),
     ("--inception-weights", str,  None,   None,   None,   "local file, instead of the download"),
 ]
@@ -86,12 +87,11 @@ def parse_args(argv):
     args.out = args.out or parser.runs / "dit"
     if in_epochs(args.decay_start, args) > in_epochs(args.decay_end, args):
         parser.error(f"--decay-start {args.decay_start} comes after --decay-end {args.decay_end}")
-    default = parser.runs / "decoder" / "decoder.pt"
-    args.decoder = args.decoder or (str(default) if default.exists() else None)
+    args.default_decoder = parser.runs / "decoder" / "decoder.pt"
     if bool(args.fid_every) != bool(args.fid_reference):
         parser.error("--fid-every EPOCHS and --fid-reference NPZ need each other")
-    if args.fid_every and not args.decoder:
-        parser.error(f"--fid-every needs a --decoder: there is no {default}")
+    if args.fid_every and not args.decoder and not args.default_decoder.exists():
+        parser.error(f"--fid-every needs a --decoder: there is no {args.default_decoder}")
     if args.fid_num < 2:
         parser.error(f"--fid-num {args.fid_num}: a covariance needs at least 2 images")
     return parser, args
@@ -132,10 +132,13 @@ def draw(keys, shape, label_dropout, generator):
     return normal[:, 0].sigmoid(), noise, uniform[:, 0] < label_dropout
 
 
+LOSS_BY_TIME = [f"loss_t{i / 5:.1f}" for i in range(5)]
+
+
 def by_time(losses, t):
     """The losses (B,) once for each fifth of [0, 1], NaN where t (B,) lies elsewhere: the log leaves NaN out."""
     fifth = (5 * t).long().clamp(max=4)
-    return {f"loss_t{i / 5:.1f}": losses.where(fifth == i, math.nan) for i in range(5)}
+    return {name: losses.where(fifth == i, math.nan) for i, name in enumerate(LOSS_BY_TIME)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,15 +165,23 @@ def start_from(path, model, encoder):
 
 
 def load_preview_decoder(args, encoder):
-    """The decoder for previews and online FID, or None. Raises ValueError for one of other latents."""
-    if not args.decoder or (args.preview_every == 0 and not args.fid_every):
-        return None
-    decoder, info = load_decoder(args.decoder, pixel_statistics(args.encoder))
+    """The decoder for previews and online FID, or None -> (decoder, the line that tells which).
+
+    Raises ValueError for a --decoder of other latents; one that was only found is then left out.
+    """
+    if args.preview_every == 0 and not args.fid_every:
+        return None, "no previews: --preview-every 0"
+    path = args.decoder or args.default_decoder
+    if not args.decoder and not path.exists():
+        return None, f"no previews: no --decoder was given, and there is no {path}"
+    decoder, info = load_decoder(path, pixel_statistics(args.encoder))
     name = info["encoder"]["name"] if "encoder" in info else args.encoder
-    if (name, decoder.config["latent_dim"], decoder.config["grid"]) != (args.encoder, encoder.latent_dim, encoder.grid):
-        raise ValueError(f"--decoder {args.decoder} decodes other latents than those of {args.encoder} at "
-                         f"{args.size} px; to train without it: --preview-every 0")
-    return decoder
+    if (name, decoder.latent_shape) == (args.encoder, (encoder.latent_dim, encoder.grid, encoder.grid)):
+        return decoder, f"previews by {path}"
+    if args.decoder or args.fid_every:
+        raise ValueError(f"--decoder {path} decodes other latents than those of {args.encoder} at {args.size} px; to "
+                         "train without it: --preview-every 0")
+    return None, f"no previews: {path} decodes other latents than those of {args.encoder} at {args.size} px"
 
 
 def measure_statistics(args, encoder, images, micro_batch, device):
@@ -226,16 +237,16 @@ def train(args):
                 allow_narrow=args.allow_narrow)
     origin = last or (start_from(args.init, model, args.encoder) if args.init else {})
     shift = origin.get("shift") or shift_for(shape, args.shift_base)
-    stats = origin.get("stats")  # --init's weights know latents that are normalised by these
+    stats = origin.get("stats")  # the weights of --init were trained on latents normalised with these
     if args.stats and not last:
         stats = load_stats(args.stats, shape)
     if args.init and not stats:
         raise ValueError(f"--init {args.init} has no latent statistics with it: give them with --stats")
-    decoder = load_preview_decoder(args, encoder)
+    decoder, previews = load_preview_decoder(args, encoder)
     if args.fid_every:
         reference, inception = load_statistics(args.fid_reference), load_inception(args.inception_weights, device)
     say(describe(source))
-    say(f"previews by {args.decoder}" if decoder else "no previews: no --decoder was given or found")
+    say(previews)
 
     # Compiled block by block, before DDP; the average stays eager.
     images = Images(source, functools.partial(center_crop_flip, size=args.size))
@@ -256,13 +267,14 @@ def train(args):
         ema.module.load_state_dict(last["ema"])
         optimizer.load_state_dict(last["optimizer"])
         skipped = last["skipped"]
-        last = origin = None  # lets go of the file
+        last = origin = None  # last.pt is memory-mapped: release it
     ddp = distribute(model, device)
     if decoder and (args.rank == 0 or args.fid_every):
         decoder = decoder.to(device)
     decay_start, decay_end = (in_epochs(t, args) * plan.steps_per_epoch for t in (args.decay_start, args.decay_end))
+    decay = "stays" if math.isinf(decay_start) else f"falls from step {decay_start:.0f} to {decay_end:.0f}"
     say(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; time shift {shift:.2f}; "
-        f"{plan.words}; learning rate falls from step {decay_start:.0f} to {decay_end:.0f}; from step {start}")
+        f"{plan.words}; learning rate {decay}; from step {start}")
 
     def checkpoint(done):
         result = dict(kind="dit", config=model.config, model=ema.module.state_dict(), stats=stats, shift=shift,
@@ -281,8 +293,7 @@ def train(args):
     batches, steps = training_loader(images, args, plan, start, device)
     generator = torch.Generator(device)
     preview_every = plan.interval(args.preview_every, 5)
-    columns = ["loss", *by_time(torch.zeros(0), torch.zeros(0)), "grad_norm", "lr", "fid"]
-    log = Log(args, plan, columns, start, device)
+    log = Log(args, plan, ["loss", *LOSS_BY_TIME, "grad_norm", "lr", "fid"], start, device)
     stopping = stop_by_signal(args.rank)
     for step in steps:
         lr = optimizer.param_groups[0]["lr"] = lr_at(step, args, plan.steps_per_epoch)
@@ -295,7 +306,7 @@ def train(args):
             labels = labels.where(~dropped, model.null_class)
             with autocast:
                 x = normalize(encoder(pixels.float() / 255), stats)  # (B, C, H, W)
-                # x_t = (1 - t) x + t noise; the loss is |v(x_t, t, labels) - (noise - x)|^2, its mean for each image
+                # x_t = (1 - t) x + t noise; the loss is |v(x_t, t, labels) - (noise - x)|^2, averaged over each image
                 losses = flow_matching_loss(ddp, x, labels, t, noise)  # (B,)
             (losses.sum() / plan.local_batch).backward()  # the mean over the ranks is that of the batch
             log.add(loss=losses, **by_time(losses.detach(), t))
@@ -308,10 +319,10 @@ def train(args):
             bad_in_a_row = 0
         else:  # weights, moments and average stay as they are
             skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
-        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP's gradients are views of its buckets and stay
+        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP keeps them as views of its buckets: zero in place
 
         done = step + 1
-        end = done == plan.total or stop or bad_in_a_row == 20
+        end = done == plan.total or stop or bad_in_a_row == GIVE_UP_AFTER
         log.step(loss)
         if done % plan.log_every == 0 or end:
             log.row(done, lr=lr, skipped=skipped)

@@ -221,7 +221,8 @@ def test_labels():
     assert labels_of(["3", "1"], per_class=2) == [3, 3, 1, 1]
     assert labels_of(num_classes=1000) == list(range(10)), "the model's own first ten"
     assert labels_of(per_class=2) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "or as many as it has"
-    assert labels_of(["1", "2", "3"], names=["1", "2", "4", "x"], num_classes=4) == [0, 1, 3], "names come first"
+    assert labels_of(["1", "2", "x"], names=["1", "2", "4", "x"], num_classes=4) == [1, 2, 3], "a number is a number"
+    assert labels_of(names=["1", "2", "4", "x"], num_classes=4) == [0, 1, 2, 3]
     assert labels_of(num_samples=8) == [0, 1, 2, 3, 4, 5, 0, 1]
     assert labels_of(num_samples=3, unconditional=True) == [6, 6, 6]
     assert labels_of(num_samples=3, num_classes=0) == labels_of(num_classes=0, per_class=3) == [0, 0, 0]

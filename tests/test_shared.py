@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_images, read, rows, save_tiny_dino
+from conftest import ROOT, make_images, read, rows, save_tiny_dino
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -159,27 +159,34 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
 # The frame around a script
 
 
+def raise_in(file, error):
+    """Raise an error from a line of this file."""
+    exec(compile("raise error", str(file), "exec"), {"error": error})
+
+
 def test_bad_input_is_one_line_and_all_else_keeps_its_traceback(capsys, handlers):
     """And the handlers of signals are back, however the script ends."""
     parser = Parser(prog="script.py")
     for error, line in {
         ValueError("--lr is wrong"): "--lr is wrong", FileNotFoundError(2, "No such file", "x"): "No such file: 'x'",
-        ValueError(): "ValueError()", ValueError("Traceback:\n  File\nValueError: first\n"): "first",
+        ValueError(f'Caught\n  File "torch/x.py"\n  File "{ROOT / "encoder.py"}"\nValueError: first\n'): "first",
     }.items():
         with pytest.raises(SystemExit, match="2"), one_line_refusals(parser):
             stop_by_signal(0)
-            raise error
+            raise_in(ROOT / "dit.py", error)
         printed = capsys.readouterr()
         assert not printed.out and printed.err.startswith("script.py: error: ") and printed.err.endswith(line + "\n")
         assert printed.err.count("\n") == 1
         assert {kind: signal.getsignal(kind) for kind in handlers} == handlers
     for error in (RuntimeError("CUDA out of memory"), OSError(28, "No space left"), PermissionError("x"), KeyError("x"),
-                  KeyboardInterrupt(), SystemExit("stopped")):
+                  KeyboardInterrupt(), SystemExit("stopped"), ValueError(f'File "{ROOT}/x.py"\n  File "torch/y.py"\n')):
         with pytest.raises(type(error)) as raised, one_line_refusals(parser):
             stop_by_signal(0)
-            raise error
+            raise_in(ROOT / "dit.py", error)
         assert raised.value is error and not capsys.readouterr().err
         assert {kind: signal.getsignal(kind) for kind in handlers} == handlers
+    with pytest.raises(ValueError, match="of another library"), one_line_refusals(parser):
+        raise_in("numpy.py", ValueError("of another library"))
 
 
 def test_an_error_of_a_loader_process_is_one_line(tmp_path, capfd):
@@ -198,7 +205,7 @@ def test_the_group_of_processes_ends_with_the_work_but_not_with_a_failure(monkey
     two_ranks(monkeypatch, destroy_process_group=lambda: ended.append(1))
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(SystemExit), one_line_refusals(Parser()):
-        raise ValueError("one rank alone")
+        raise_in(ROOT / "dit.py", ValueError("one rank alone"))
     assert not ended
     with one_line_refusals(Parser()):
         pass

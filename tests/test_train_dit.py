@@ -658,7 +658,13 @@ def test_previews_show_the_average_and_say_whose_decoder(tmp_path, decoder_path,
     assert not list((tmp_path / "none").glob("*.png"))
     capsys.readouterr()
     train(tmp_path / "without", steps=1)
-    assert "no previews: no --decoder was given or found\n" in capsys.readouterr().out
+    assert "no previews: no --decoder was given, and there is no runs/demo/" in capsys.readouterr().out
+    made = read(decoder_path)
+    other = tmp_path / "runs" / "demo" / "decoder" / "decoder.pt"  # found, not given: left out
+    other.parent.mkdir(parents=True)
+    torch.save(made | dict(encoder=RECORD | dict(name="mae-b")), other)
+    train(tmp_path / "found", steps=1)
+    assert "decodes other latents than those of random-tiny at 32 px\n" in capsys.readouterr().out
 
 
 def test_decoders_of_other_latents_are_refused(tmp_path, decoder_path, capsys):

@@ -637,7 +637,7 @@ def test_init_that_does_not_fit_is_refused(tmp_path, capsys):
 # Pictures and FID
 
 
-def test_previews_show_the_average_and_say_whose_decoder(tmp_path, decoder_path, capsys):
+def test_previews_show_the_average_and_say_whose_decoder(tmp_path, decoder_path, capsys, monkeypatch):
     out = tmp_path / "out"
     alive = make_alive(tmp_path / "init.pt")
     train(out, "--decoder", decoder_path, "--init", alive, steps=3)
@@ -660,6 +660,7 @@ def test_previews_show_the_average_and_say_whose_decoder(tmp_path, decoder_path,
     train(tmp_path / "without", steps=1)
     assert "no previews: no --decoder was given, and there is no runs/demo/" in capsys.readouterr().out
     made = read(decoder_path)
+    monkeypatch.chdir(tmp_path)
     other = tmp_path / "runs" / "demo" / "decoder" / "decoder.pt"  # found, not given: left out
     other.parent.mkdir(parents=True)
     torch.save(made | dict(encoder=RECORD | dict(name="mae-b")), other)

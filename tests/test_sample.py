@@ -415,7 +415,8 @@ def test_reconstruct_a_photo(upsampling, tmp_path):
     np.testing.assert_array_equal(picture[:, :64], photo)
     assert same(picture[:, 66:], reconstruct(upsampling, photo))
 
-    _, args = sample.parse_args(["--decoder", "upsampling.pt", "--reconstruct", "photo.png", "--encoder", "random-tiny"])
+    flags = ["--decoder", "upsampling.pt", "--reconstruct", "photo.png", "--encoder", "random-tiny"]
+    _, args = sample.parse_args(flags)
     *_, batches = sample.reconstruct(args, torch.device("cpu"), torch.autocast("cpu", enabled=False))
     assert not list(batches(range(0))), "the photo is of one rank alone"
 

@@ -532,7 +532,7 @@ def run(args):
     passes = [side.measure(network, args, keep) for side in with_images]
     pairs = compare_pairs(args, zip(*passes, strict=True)) if args.paired else {}
     for _ in itertools.chain(*passes):
-        pass  # measure() does the work
+        continue  # measure() does the work
     if args.save_stats:
         with open(args.save_stats, "wb") as file:
             np.savez(file, **sides[0].statistics, features=args.features)

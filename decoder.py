@@ -91,7 +91,8 @@ class Decoder(nn.Module):
     def forward(self, z, return_hidden=False):
         """Images, float32; with return_hidden, also the last layer's input h (B, N, D).
 
-        A gradient g (B, 3, H p, W p) at the images gives the last layer's weight the gradient patchify(g * std)^T h.
+        The adaptive GAN weight needs h: a loss with gradient g (B, 3, H p, W p) at the images has the gradient
+        patchify(g * std)^T h at the last layer's weight.
         Raises ValueError for latents of another shape than (B, C, H, W) of this decoder.
         """
         if z.shape[1:] != self.latent_shape:

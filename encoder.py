@@ -414,11 +414,12 @@ class Encoder(nn.Module):
         self.grid = image_size // multiple
         self.input_size = self.grid * patch
         self.resize_positions(antialias=not model.endswith(".mae"))
-        # The last norm, without affine; timm calls it fc_norm in models that pool their tokens before it.
+        # The final norm loses its affine (section 3) and is the last thing that runs. timm has it as `norm`, or as
+        # `fc_norm` in models that pool their tokens first.
         norms = [norm for norm in (self.vit.norm, self.vit.fc_norm) if hasattr(norm, "eps")]
         norm = norms[0] if norms else nn.LayerNorm(self.latent_dim, eps=1e-6)
         norm.weight = norm.bias = None
-        self.vit.norm, self.vit.fc_norm, self.vit.attn_pool = norm, nn.Identity(), None  # and nothing after it
+        self.vit.norm, self.vit.fc_norm, self.vit.attn_pool = norm, nn.Identity(), None
         pixels = pixel_statistics(name)
         self.register_buffer("mean", torch.tensor(pixels["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(pixels["std"]).view(1, 3, 1, 1))

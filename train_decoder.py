@@ -123,7 +123,7 @@ class DiscriminatorHead(nn.Module):
         def conv(out, kernel):
             return spectral_norm(nn.Conv1d(D, out, kernel, padding=kernel // 2, padding_mode="circular"))
 
-        def block(kernel):  # the batch-local norm with a virtual batch of 1 is an instance norm: batches don't mix
+        def block(kernel):  # StyleGAN-T's batch norm over groups of one image, that is an instance norm
             return nn.Sequential(conv(D, kernel), nn.InstanceNorm1d(D, eps=1e-6, affine=True), nn.LeakyReLU(0.2))
 
         self.embed, self.mix, self.logit = block(1), block(9), conv(1, 1)
@@ -172,8 +172,8 @@ class Discriminator(nn.Module):
 def diffaug(images, draws):
     """Differentiable augmentation (arXiv 2006.10738) of images (B, 3, H, W) in [-1, 1], without clamping.
 
-    draws: (B, 5) float32, uniform in [0, 1), made by the caller, who can so tie them to the image rather than to its
-    place in a batch. Each column drives one transform; they apply in this order:
+    draws: (B, 5) float32, uniform in [0, 1), made by the caller, so that they depend on the image and not on its place
+    in the batch. Each column drives one transform; they apply in this order:
       0, 1  translation right and down by whole pixels, uniform within an eighth of the side either way, zeros move in
       2     brightness: + U(-0.5, 0.5)
       3     saturation: * U(0, 2) about each pixel's mean over the channels
@@ -276,7 +276,7 @@ def draw(keys, shape, tau, generator):
     """Everything random of a training step, each image's from its own key.
 
     So last.pt holds no state of a generator: step and seed say what is drawn.
-    Returns noise (B, C, H, W), the sigma n of noise-augmented decoding (section 4) with sigma = tau |n'|, n' ~ N(0, 1)
+    Returns noise (B, C, H, W) of noise-augmented decoding (section 4): sigma n, n ~ N(0, I), with sigma = |N(0, tau^2)|
     for each image; and draws of `diffaug` (3, B, 5) for the decoder's fakes, the discriminator's fakes and its reals.
     """
     noise = torch.empty(len(keys), *shape, device=generator.device)
@@ -326,7 +326,7 @@ def train(args):
     lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(device) if args.lpips else None
     torch.manual_seed(args.seed)
     discriminator = Discriminator(args.dino_weights).to(device) if args.gan else None
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # again: the decoder starts the same with and without a discriminator
     model = Decoder(encoder.latent_dim, encoder.grid, patch, **SIZES[args.model], **pixel_statistics(args.encoder))
     if args.init and not last:
         start_from(args.init, model, args)

@@ -488,7 +488,8 @@ def load_vit(vit, model, weights=None):
     try:
         path = weights or download(url)
         open(path, "rb").close()  # a missing file ends here; timm would also log it
-        keys = timm.models.load_checkpoint(vit, path, strict=False, filter_fn=family.checkpoint_filter_fn)
+        keys = timm.models.load_checkpoint(vit, path, strict=False, filter_fn=family.checkpoint_filter_fn,
+                                           weights_only=True)
         missing = [key for key in keys.missing_keys if not key.startswith(("norm.", "fc_norm.", "attn_pool."))]
         if missing or not all(value.isfinite().all() for value in vit.state_dict().values()):
             raise ValueError(f"{missing[0]} is missing" if missing else "values that are not finite")

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from decoder import image_grid, load_decoder, to_uint8
 from dit import denormalize, guided, load_dit, sample, sample_noise, shift_for
-from encoder import (RUN_FLAGS, Encoder, Images, amount, center_crop, compile_blocks, count, fill_up, image_source,
-                     load_stats, make_loader, make_parser, one_line_refusals, open_image, pixel_statistics, set_up)
+from encoder import (ON_OFF, RUN_FLAGS, Encoder, Images, amount, center_crop, compile_blocks, count, fill_up,
+                     image_source, load_stats, make_loader, make_parser, natural, one_line_refusals, open_image,
+                     pixel_statistics, set_up)
 
 SAMPLES = "samples.png"
 FLAGS = [
@@ -51,8 +52,10 @@ FLAGS = [
     ("--out",           str,      SAMPLES, SAMPLES, SAMPLES, ".png: a grid; .npz: uint8 (n, S, S, 3), for fid.py"),
     ("--overwrite",     bool,     False,  False,  False,  "replace an npz that exists"),
     ("--batch",         count,    32,     8,      100,    "images at a time in each process"),
+    ("--seed",          natural,  0,      0,      0,      "seed of the starting noise"),
+    ("--compile",       ON_OFF,   None,   None,   None,   "torch.compile (default: on CUDA from 1,000 samples on)"),
 ]
-FLAGS += [row for row in RUN_FLAGS if row[0] in ("--seed", "--precision", "--compile", "--workers", "--device")]
+FLAGS += [row for row in RUN_FLAGS if row[0] in ("--precision", "--workers", "--device")]
 
 
 def parse_args(argv):

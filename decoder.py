@@ -158,9 +158,8 @@ def load_decoder(path, pixels=None):
     pixels: {"mean", "std"} of the encoder, three values each, for a file that does not tell its own.
     Returns (decoder on the CPU, in eval mode, without gradients; info). info has what else the file holds of "encoder"
     (its name, image size, pixel mean and std), "tau" (scale of the noise in training) and "epoch".
-    Raises FileNotFoundError; ValueError, in one line, for a file that is no decoder or is damaged.
+    Raises ValueError, in one line, for a file that is missing, damaged or no decoder.
     """
-    fix = "give a decoder.pt of train_decoder.py or a published model.pt"
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
         state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
@@ -173,9 +172,8 @@ def load_decoder(path, pixels=None):
         if not all(value.isfinite().all() for value in state.values()):
             raise ValueError("it has values that are not finite")
         info = {key: file[key] for key in ("encoder", "tau", "epoch") if key in file}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no decoder at {path}: {fix}") from None
-    except Exception as error:  # foreign and damaged files fail in many ways; the first sentence names the cause
+    except Exception as error:  # such files fail in many ways; the first sentence names the cause
         reason = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
-        raise ValueError(f"{path} is not a decoder, or is damaged ({reason}): {fix}") from None
+        raise ValueError(f"cannot load {path} as a decoder ({reason}): give a decoder.pt of train_decoder.py or a "
+                         "published model.pt") from None
     return model.eval().requires_grad_(False), info

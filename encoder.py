@@ -19,7 +19,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -38,56 +37,6 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Image files and crops
-
-SPLITS = {"train", "val", "valid", "validation", "test"}
-
-
-def folders_in(root):
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def training_folder(root):
-    """`root` itself, or root/train where all its folders are among train, val, valid, validation and test."""
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"no folder {root}: give a folder of images")
-    folders = folders_in(root)
-    if not folders or not {folder.name for folder in folders} <= SPLITS:
-        return root
-    if not (root / "train").is_dir():
-        raise ValueError(f"{root} holds {folders[0].name}/ but no train/: give {folders[0]} itself, or add train/")
-    return root / "train"
-
-
-def find_images(root):
-    """All images below a folder -> (paths sorted within classes, labels, class names).
-
-    Labels follow the first-level folders in sorted order, whatever lies deeper. A folder without folders is one class.
-    Where its folders are all among train, val, valid, validation and test, its train/ is read. Files are those with an
-    ending that Pillow reads; hidden ones are left out.
-    Raises ValueError for a folder that is missing, without images, with an empty class, or with val/ but no train/.
-    """
-    root = training_folder(root)
-    folders = folders_in(root)
-    suffixes = tuple(Image.registered_extensions().keys() - {".pdf"})  # Pillow only writes PDF
-
-    def is_image(name):
-        return name.lower().endswith(suffixes) and not name.startswith(".")
-
-    loose = sorted(path.name for path in root.iterdir() if path.is_file() and is_image(path.name))
-    if folders and loose:
-        raise ValueError(f"{root} holds both class folders and images ({loose[0]}): move the images away")
-    paths, labels = [], []
-    for label, folder in enumerate(folders or [root]):
-        before = len(paths)
-        for parent, inside, files in os.walk(folder, followlinks=True):
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
-            paths += [os.path.join(parent, name) for name in sorted(files) if is_image(name)]
-        if len(paths) == before:
-            fix = "fill or remove it" if folders else "give a folder of images"
-            raise ValueError(f"{folder} holds no images that Pillow reads: {fix}")
-        labels += [label] * (len(paths) - before)
-    return paths, labels, [folder.name for folder in folders] or [root.resolve().name]
 
 
 def open_image(path):
@@ -130,13 +79,53 @@ def center_crop_flip(image, size, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources of images: a folder, or shapes drawn on the fly
 
+SPLITS = {"train", "val", "valid", "validation", "test"}
+
+
+def folders_in(root):
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
 
 class ImageFolder:
-    """A folder of images as `find_images` reads it; open(i) gives (PIL image, label)."""
+    """A folder of images; open(i) gives (PIL image, label).
+
+    Labels follow the first-level folders in sorted order, whatever lies deeper. A folder without folders is one class.
+    Where its folders are all among train, val, valid, validation and test, its train/ is read. Files are those with an
+    ending that Pillow reads, sorted within classes; hidden ones are left out.
+    Attributes: root, the folder that is read; classes, their names; paths and labels, arrays of one item per image.
+    Raises ValueError for a folder that is missing, without images, with an empty class, or with val/ but no train/.
+    """
 
     def __init__(self, root):
-        self.root = training_folder(root)
-        paths, labels, self.classes = find_images(self.root)
+        root = Path(root)
+        if not root.is_dir():
+            raise ValueError(f"no folder {root}: give a folder of images")
+        names = folders_in(root)
+        if names and set(names) <= SPLITS:
+            if "train" not in names:
+                raise ValueError(f"{root} holds {names[0]}/ but no train/: give {root / names[0]}, or add train/")
+            root = root / "train"
+            names = folders_in(root)
+        suffixes = tuple(Image.registered_extensions().keys() - {".pdf"})  # Pillow only writes PDF
+
+        def images_in(parent, files):
+            return [os.path.join(parent, name) for name in sorted(files)
+                    if name.lower().endswith(suffixes) and not name.startswith(".")]
+
+        loose = images_in(root, [path.name for path in root.iterdir() if path.is_file()])
+        if names and loose:
+            raise ValueError(f"{root} holds both class folders and images ({loose[0]}): move the images away")
+        paths, labels = [], []
+        for label, folder in enumerate([root / name for name in names] or [root]):
+            before = len(paths)
+            for parent, inside, files in os.walk(folder, followlinks=True):
+                inside[:] = sorted(name for name in inside if not name.startswith("."))
+                paths += images_in(parent, files)
+            if len(paths) == before:
+                raise ValueError(f"{folder} holds no images that Pillow reads: fill or remove it")
+            labels += [label] * (len(paths) - before)
+        self.root, self.classes = root, names or [root.resolve().name]
         self.paths = np.array([os.fsencode(path) for path in paths])  # an array: loader workers share its memory
         self.labels = np.array(labels)
 
@@ -257,8 +246,6 @@ class Images(torch.utils.data.Dataset):
                 image, label = self.source.open(index)
                 return self.to_tensor(image, rng), label, key
             except Exception as error:  # Pillow raises nearly any kind for a damaged file
-                if not hasattr(self.source, "paths"):
-                    raise
                 path = os.fsdecode(self.source.paths[index])
                 if not self.unreadable[index]:
                     self.unreadable[index] = True
@@ -296,45 +283,39 @@ def training_batches(count, batch, micro_batch, steps, seed, rank=0, world_size=
             yield items
 
 
-def outlive_signals(_):
-    """Loader workers ignore Ctrl-C, and SIGTERM where another process than their trainer sends it.
-
-    torchrun signals the whole process group, and the trainer's last step still needs its workers. The trainer's own
-    SIGTERM, by which Python ends them when it fails, ends them at once.
-    """
-
-    def await_trainer():
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=await_trainer, daemon=True).start()
-
-
 def default_workers():
-    """Loader processes for one GPU: the cores that this process may use, but one, at most 12; none on Windows."""
+    """Loader processes for one GPU: its share of the cores that we may use, but one, at most 12; none on Windows."""
     if not hasattr(os, "fork"):
         return 0
-    cores, processes = os.cpu_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if hasattr(os, "sched_getaffinity"):  # macOS has none
-        cores = len(os.sched_getaffinity(0))
-        if cores < len(os.sched_getaffinity(os.getppid())):  # the launcher has given each process cores of its own
-            processes = 1
-    return max(1, min(12, cores // processes - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
+    return max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def make_loader(images, batches, workers, device):
     """The DataLoader of `Images`. workers None: by the cores; none for `shapes`, which are kept once they are drawn."""
     if workers is None:
-        workers = default_workers() if hasattr(images.source, "paths") else 0
+        workers = 0 if isinstance(images.source, Shapes) else default_workers()
     return torch.utils.data.DataLoader(
         images, batch_sampler=batches, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
-        prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals,
+        prefetch_factor=4 if workers else None,
         multiprocessing_context="fork" if workers else None,  # the workers share the list of files
+        # Ctrl-C and torchrun's SIGTERM go to a process group; the trainer's last step still needs its workers.
+        worker_init_fn=lambda _: os.setpgid(0, 0),
     )
+
+
+def evaluation_batches(source, indices, size, batch, workers, device):
+    """The images `indices` of a source in order, centre-cropped, in batches uint8 (B, 3, size, size).
+
+    Raises ValueError, at the end, where images could not be read; each is named on stderr.
+    """
+    images = Images(source, lambda image, rng: center_crop(image, size), strict=True)
+    parts = [[(i, i) for i in indices[first : first + batch]] for first in range(0, len(indices), batch)]
+    for pixels, *_ in make_loader(images, parts, workers, device):
+        if not images.unreadable.any():  # else only look for the others, to name all of them
+            yield pixels
+    if broken := int(images.unreadable.sum()):
+        raise ValueError(f"{broken} images in {source.root} cannot be read, see above: repair or remove them")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,13 +339,10 @@ ENCODERS = {  # name -> timm model. Channels C, published rFID-50k of ViT-XL dec
 def timm_name(name):
     """A name of ENCODERS or timm's own name of a model -> timm's name. Raises ValueError where timm has none."""
     model = ENCODERS.get(name, name)
-    try:
-        known = timm.is_model(model.partition(".")[0]) and timm.get_pretrained_cfg(model) is not None
-    except RuntimeError:  # a tag, behind the dot, that timm does not know
-        known = False
-    if not known:
-        raise ValueError(f"unknown encoder {name}: give one of {', '.join(ENCODERS)}, or a timm ViT by its name")
-    return model
+    with contextlib.suppress(RuntimeError):  # a tag, behind the dot, that timm does not know
+        if timm.get_pretrained_cfg(model):
+            return model
+    raise ValueError(f"unknown encoder {name}: give one of {', '.join(ENCODERS)}, or a timm ViT by its name")
 
 
 def pixel_statistics(name):
@@ -380,7 +358,7 @@ class Encoder(nn.Module):
     encoder is built for; models with patch 14 see 14/16 of it, so that the grid is image_size / 16. weights: a local
     file in timm's or the authors' key names; without it they are downloaded. options: more arguments of timm's model.
     The final norm has no affine, and prefix tokens (CLS, registers) are dropped.
-    Attributes: latent_dim C, grid H = W, mean and std (1, 3, 1, 1) of its pixels.
+    Attributes: latent_shape (C, H, W); mean and std (1, 3, 1, 1) of its pixels; record, what a checkpoint keeps of it.
     Raises ValueError, in one line, for unknown names, sizes that don't fit and weights that are out of reach.
     """
 
@@ -410,17 +388,18 @@ class Encoder(nn.Module):
         elif weights is not None:
             raise ValueError(f"encoder {name} takes no --encoder-weights {weights}: choose the --encoder they are of")
 
-        self.name, self.image_size, self.latent_dim = name, image_size, self.vit.embed_dim
-        self.grid = image_size // multiple
+        pixels = pixel_statistics(name)
+        self.record = dict(name=name, image_size=image_size, **pixels)
+        self.image_size, self.grid = image_size, image_size // multiple
         self.input_size = self.grid * patch
+        self.latent_shape = (self.vit.embed_dim, self.grid, self.grid)
         self.resize_positions(antialias=not model.endswith(".mae"))
         # The final norm loses its affine (section 3) and is the last thing that runs. timm has it as `norm`, or as
         # `fc_norm` in models that pool their tokens first.
         norms = [norm for norm in (self.vit.norm, self.vit.fc_norm) if hasattr(norm, "eps")]
-        norm = norms[0] if norms else nn.LayerNorm(self.latent_dim, eps=1e-6)
+        norm = norms[0] if norms else nn.LayerNorm(self.vit.embed_dim, eps=1e-6)
         norm.weight = norm.bias = None
         self.vit.norm, self.vit.fc_norm, self.vit.attn_pool = norm, nn.Identity(), None
-        pixels = pixel_statistics(name)
         self.register_buffer("mean", torch.tensor(pixels["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(pixels["std"]).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -439,12 +418,6 @@ class Encoder(nn.Module):
         """Stays in eval mode: it is frozen."""
         return super().train(False)
 
-    @property
-    def record(self):
-        """What a checkpoint keeps of its encoder: plain values."""
-        return dict(name=self.name, image_size=self.image_size, latent_dim=self.latent_dim, grid=self.grid,
-                    mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
-
     @torch.no_grad()
     def forward(self, images):
         if not images.is_floating_point():
@@ -460,12 +433,8 @@ class Encoder(nn.Module):
 
 
 def download(url):
-    """Path of the file at a URL in torch's hub folder (TORCH_HOME), downloaded once. Raises OSError at once offline.
-
-    timm's own download asks several times for 45 seconds before it says that there is no network.
-    """
-    name = "_".join(part for part in url.split("/")[3:] if part not in ("resolve", "main"))
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    """Path of the file at a URL, downloaded once to torch's hub folder (TORCH_HOME). Raises OSError at once offline."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", "_".join(url.split("/")[3:]))
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         urllib.request.urlopen(url, timeout=10).close()  # torch.hub would wait for ever for a host that is silent
@@ -473,17 +442,16 @@ def download(url):
     return path
 
 
-def weights_url(pretrained_cfg):
-    """Where timm's weights of a model are."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    name = pretrained_cfg.get("hf_hub_id")
-    return f"{hub}/{name}/resolve/main/model.safetensors" if name else pretrained_cfg["url"]
+def reason(error):
+    """The first sentence of an exception, on one line, for a refusal."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:200]
 
 
 def load_vit(vit, model, weights=None):
     """Fill timm's vision transformer with its pretrained weights: from the file `weights`, or downloaded once."""
-    url = weights_url(vit.pretrained_cfg)
-    fix = f"fetch {url} and pass it with --encoder-weights PATH"
+    config = vit.pretrained_cfg  # timm's own download asks for 45 seconds before it says that there is no network
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = f"{hub}/{config['hf_hub_id']}/resolve/main/model.safetensors" if config.get("hf_hub_id") else config["url"]
     family = timm.models.eva if isinstance(vit, timm.models.Eva) else timm.models.vision_transformer
     try:
         path = weights or download(url)
@@ -491,14 +459,11 @@ def load_vit(vit, model, weights=None):
         keys = timm.models.load_checkpoint(vit, path, strict=False, filter_fn=family.checkpoint_filter_fn,
                                            weights_only=True)
         missing = [key for key in keys.missing_keys if not key.startswith(("norm.", "fc_norm.", "attn_pool."))]
-        if missing or not all(value.isfinite().all() for value in vit.state_dict().values()):
-            raise ValueError(f"{missing[0]} is missing" if missing else "values that are not finite")
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
     except Exception as error:  # the download and the readers of files raise many kinds
-        problem = f"cannot download the weights of {model}"
-        if weights:
-            problem = f"cannot read {weights} as weights of {model}"
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:200]
-        raise ValueError(f"{problem} ({reason}): {fix}") from None
+        raise ValueError(f"cannot load {weights or 'weights'} for {model} ({reason(error)}): fetch {url} and pass it "
+                         "with --encoder-weights PATH") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,8 +481,7 @@ def latent_statistics(encoder, loader, device):
     Returns {"mean", "var"}, each (C, H, W) float32; accumulated in float64, so that neither the batch size nor the
     number of ranks matters. The diffusion model sees (z - mean) / sqrt(var + 1e-5).
     """
-    shape = (encoder.latent_dim, encoder.grid, encoder.grid)
-    sums = torch.zeros(3, *shape, dtype=torch.float64, device=device)  # of 1, z and z^2
+    sums = torch.zeros(3, *encoder.latent_shape, dtype=torch.float64, device=device)  # of 1, z and z^2
     size = 0
     for images, *_ in loader:
         count, size = len(images), max(size, len(images))
@@ -541,12 +505,9 @@ def load_stats(path, shape):
         mean = torch.zeros_like(var) if file["mean"] is None else file["mean"].float()
         if mean.shape != tuple(shape) or var.shape != tuple(shape):
             raise ValueError(f"shape {tuple(var.shape)}, the model needs {tuple(shape)}")
-        if not mean.isfinite().all() or not (var.isfinite() & (var >= 0)).all():
-            raise ValueError("values that are not finite, or a negative variance")
     except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:200]
-        raise ValueError(f"--stats {path} holds no latent statistics for this model ({reason}): "
-                         "give a stat.pt, ours or published") from None
+        raise ValueError(f"--stats {path} holds no latent statistics for this model ({reason(error)}): give a stat.pt, "
+                         "ours or published") from None
     return {"mean": mean, "var": var}
 
 
@@ -556,25 +517,23 @@ def load_stats(path, shape):
 # =====================================================================================================================
 
 
-def number(kind, low, above=False, below=2**63):
-    """An argparse type: an int or float of at least `low`, or above it, and below `below`."""
+def number(kind, holds, words):
+    """An argparse type: an int or a float for which `holds`, described in words."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # it fails every comparison
-        if not (value > low if above else value >= low) or not value < below:
-            limit = f" and below {below}" * (below < 2**63 or value >= below)
-            bound = f"{'above' if above else 'of at least'} {low}{limit}"
-            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} {bound}")
-        return value
+        with contextlib.suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {words}")
 
     return parse
 
 
-natural, count = number(int, 0), number(int, 1)
-amount, positive, share = number(float, 0), number(float, 0, above=True), number(float, 0, below=1)
+natural = number(int, lambda n: 0 <= n < 2**63, "an integer of at least 0 and below 2**63")
+count = number(int, lambda n: n >= 1, "an integer of at least 1")
+amount = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+share = number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
 
 # A row for each flag: its type, its default in each preset, its meaning. A tuple lists the choices, a list is the types
 # of several values, bool is a switch.
@@ -597,7 +556,7 @@ RUN_FLAGS = [
 # Arguments of the trainers that may change when a run goes on in its folder.
 MAY_CHANGE = {"preset", "out", "data", "device", "workers", "compile", "checkpointing", "log_every", "save_every",
               "preview_every", "epochs", "micro_batch", "encoder_weights", "vgg_weights", "lpips_weights",
-              "dino_weights", "allow_narrow", "decoder", "default_decoder", "keep_every", "fid_every", "fid_reference",
+              "dino_weights", "allow_narrow", "decoder", "keep_every", "fid_every", "fid_reference",
               "fid_num", "inception_weights", "rank", "world_size"}
 GIVE_UP_AFTER = 20  # steps in a row whose gradient is not finite
 
@@ -627,7 +586,6 @@ def make_parser(description, flags, argv):
     pre.add_argument("--preset", default=PRESETS[0])
     preset = pre.parse_known_args(argv)[0].preset
     parser = Parser(description=description.partition("\n\n")[0], usage="%(prog)s [--flag VALUE ...]")
-    parser.runs = Path("runs") / preset
     parser.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help="column of defaults; the first two are "
                         "the paper's (default: imagenet256)")
     for flag, kind, *defaults, meaning in flags:
@@ -650,25 +608,21 @@ def make_parser(description, flags, argv):
 def one_line_refusals(parser):
     """The frame around a script's work: bad input ends it in one line.
 
-    Bad input is a ValueError or FileNotFoundError that one of our own files raises, in a process of the loader too.
-    Everything else keeps its traceback.
+    Bad input is a ValueError that one of our own files raises, in a process of the loader too. Everything else keeps
+    its traceback.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     message = None
     try:
         yield
         if dist.is_initialized():  # not after a failure: a rank that fails alone must not wait for the others
             dist.destroy_process_group()
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         # A loader's process puts its traceback into the message.
         frames = [frame.filename for frame in extract_tb(error.__traceback__)]
         frames += re.findall(r'  File "(.+?)"', str(error))
         if Path(frames[-1]).parent != Path(__file__).parent:
             raise
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if message:  # here, since the traceback would keep the loader's processes alive
         parser.error(message)
 
@@ -680,11 +634,13 @@ def one_line_refusals(parser):
 def set_up(args):
     """Join torchrun's processes, where it started several, and set the precision -> (device, autocast).
 
-    Sets args.rank and args.world_size.
+    Sets args.rank, args.world_size and, where it was left open, args.compile.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     args.rank, args.world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
     device = torch.device(args.device)
+    if args.compile is None:
+        args.compile = device.type == "cuda"
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
         torch.cuda.set_device(device)
@@ -768,14 +724,6 @@ class Plan:
         return interval if done == round(interval * epochs * self.steps_per_epoch) else 0
 
 
-def describe(source):
-    """The line that says what --data was read as."""
-    names = ", ".join(f"{i} {name}" for i, name in enumerate(source.classes[:5]))
-    more = ", ..." if len(source.classes) > 5 else ""
-    known = "1 class" if len(source.classes) == 1 else f"{len(source.classes)} classes"
-    return f"{source.root}: {len(source)} images, {known} ({names}{more})"
-
-
 def resume(args, kind, result, **data):
     """What a run goes on from -> (last.pt of the folder --out or None, the record for its next last.pt, first step).
 
@@ -809,6 +757,16 @@ def resume(args, kind, result, **data):
         if len(set(starts)) > 1:
             raise ValueError(f"the processes see different files at {path}: put --out on a disk that all nodes share")
     return last, recorded, start
+
+
+def check_init(path, info, encoder, config, wanted, but):
+    """Raise ValueError where the weights of --init are of another encoder or model; it may differ in the keys `but`."""
+    if "encoder" in info and info["encoder"]["name"] != encoder:  # published files don't say
+        raise ValueError(f"--init {path} is for latents of {info['encoder']['name']}: choose --encoder to match")
+    differ = [f"{key} {config[key]} instead of {value}" for key, value in wanted.items()
+              if key not in but and config[key] != value]
+    if differ:
+        raise ValueError(f"--init {path} is another model: {', '.join(differ)}; choose --model, --size, ... to match")
 
 
 def training_loader(images, args, plan, start, device):

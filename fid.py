@@ -2,7 +2,7 @@
 
     python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz       # FID, sFID, Inception score, precision, recall
     python fid.py imagenet/val recon.npz --paired                   # rFID, PSNR, SSIM, LPIPS
-    python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz --features fd-dinov2
+    python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz --features dinov2
     python fid.py imagenet/val --save-stats val256.npz              # a reference for later runs
 
 Each set is a folder of images (ADM's centre crop), an npz of uint8 images (arr_0, N x H x W x 3), an npz of statistics
@@ -12,7 +12,7 @@ validation images. The Frechet distance of few images is biased: compare numbers
 
 Networks run in float32 without TF32; statistics and distances are float64. The batch size changes nothing but float
 rounding. Precision and recall differ from the TensorFlow suite's by about 0.002, because it takes distances in float16.
-Folders and encoder features need encoder.py beside this file. The rest works alone.
+Folders need encoder.py beside this file. The rest works alone.
 
 Notation: B batch, C channels, H x W pixels or grid, D feature dimension, N, M images.
 """
@@ -20,7 +20,6 @@ Notation: B batch, C channels, H x W pixels or grid, D feature dimension, N, M i
 import argparse
 import functools
 import itertools
-import json
 import math
 import os
 import urllib.request
@@ -40,12 +39,8 @@ TIMM = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/timm/{}/resol
 
 
 def download(url):
-    """Path of the file at a URL in torch's hub folder (TORCH_HOME), downloaded once. Raises OSError at once offline.
-
-    timm's own download asks several times for 45 seconds before it says that there is no network.
-    """
-    name = "_".join(part for part in url.split("/")[3:] if part not in ("resolve", "main"))
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    """Path of the file at a URL, downloaded once to torch's hub folder (TORCH_HOME). Raises OSError at once offline."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", "_".join(url.split("/")[3:]))
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         urllib.request.urlopen(url, timeout=10).close()  # torch.hub would wait for ever for a host that is silent
@@ -141,14 +136,14 @@ def load_inception(weights=None, device="cpu"):
 class DINOv2(nn.Module):
     """The network of FD-DINOv2 (arXiv 2306.04675): ViT-L/14 without registers, its CLS token after the final norm.
 
-    forward(images uint8 (B, 3, H, W) of any size) -> float32 (B, 1024). Frozen, in eval mode.
+    forward(images uint8 (B, 3, H, W) of any size) -> (float32 (B, 1024),). Frozen, in eval mode.
     weights: path of a file in timm's key names; None: downloaded once. Raises ValueError where they can't be had.
     """
 
     def __init__(self, weights=None, model="vit_large_patch14_dinov2.lvd142m"):
         super().__init__()
         self.vit = timm.create_model(model)  # for 518 px
-        load_weights(self.vit, TIMM.format(model), weights, "--encoder-weights")
+        load_weights(self.vit, TIMM.format(model), weights, "--dinov2-weights")
         cls, grid = self.vit.pos_embed.detach().split([1, 37 * 37], 1)  # (1, 1, D), (1, 37 * 37, D)
         grid = grid.mT.unflatten(2, (37, 37))  # (1, D, 37, 37)
         # the original's resampling; timm's would scale by 16 / 37, antialiased
@@ -164,7 +159,7 @@ class DINOv2(nn.Module):
         x = images.float()
         for size in ((x.shape[2], 224), (224, 224)):  # width, then height, each to 8 bits, as Pillow resizes
             x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-        return self.vit.forward_features((x - self.mean) / self.std)[:, 0]
+        return (self.vit.forward_features((x - self.mean) / self.std)[:, 0],)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,30 +368,17 @@ def load_statistics(path, features="inception"):
     return statistics
 
 
-def crop_files(files, size):
-    """Image files -> (uint8 (B, size, size, 3), a line for each file that can't be read)."""
-    from encoder import center_crop, open_image
-
-    images, problems = [], []
-    for file in files:
-        try:
-            images.append(np.array(center_crop(open_image(file), size)))
-        except Exception as error:  # every decoder raises its own
-            problems.append(f"cannot read {file} ({error}): repair or remove it")
-    return torch.from_numpy(np.array(images, np.uint8)), problems
-
-
 class Side:
     """REFERENCE or SAMPLES: `count` images of `size` (H, W), and statistics, as the file has them or as measured."""
 
     def __init__(self, path, features):
-        self.path, self.files, self.count, self.size = path, None, 0, None
+        self.path, self.folder, self.count, self.size = path, None, 0, None
         self.statistics, self.pool, self.logits = {}, [], []  # pool and logits of each batch, where a score needs them
         if os.path.isdir(path):
-            from encoder import find_images
+            from encoder import ImageFolder
 
-            self.files = find_images(path)[0]
-            self.count = len(self.files)
+            self.folder = ImageFolder(path)
+            self.count = len(self.folder)
             return
         if not zipfile.is_zipfile(path):
             raise ValueError(f"{path} is missing, or neither a folder of images nor a whole npz")
@@ -418,29 +400,26 @@ class Side:
         self.count, self.size = shape[0], shape[1:3]
 
     def batches(self, args):
-        """Yield the images in order, uint8 (B, H, W, 3). Raises ValueError, at the end, for all files it can't read."""
-        if self.files is None:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-                member.read(self.start)
-                for i in range(0, self.count, args.batch):
-                    shape = (min(args.batch, self.count - i), *self.size, 3)
-                    yield torch.frombuffer(bytearray(member.read(math.prod(shape))), dtype=torch.uint8).view(shape)
+        """Yield the images in order, uint8 (B, 3, H, W). An npz is read batch by batch: 50,000 images are 10 GB."""
+        if self.folder:
+            from encoder import evaluation_batches
+
+            indices, side = range(self.count), self.size[0]
+            yield from evaluation_batches(self.folder, indices, side, args.batch, args.workers, args.device)
             return
-        crop, problems = functools.partial(crop_files, size=self.size[0]), []
-        loader = torch.utils.data.DataLoader(self.files, args.batch, num_workers=args.workers, collate_fn=crop)
-        for images, lines in loader:
-            problems += lines
-            if not problems:
-                yield images
-        if problems:
-            raise ValueError("\n".join(problems))
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            member.read(self.start)
+            for i in range(0, self.count, args.batch):
+                shape = (min(args.batch, self.count - i), *self.size, 3)
+                images = torch.frombuffer(bytearray(member.read(math.prod(shape))), dtype=torch.uint8)
+                yield images.view(shape).permute(0, 3, 1, 2)
 
     def measure(self, network, args, keep):
         """Yield the images, uint8 (B, 3, H, W) on the device, and measure their statistics on the way."""
         measured = []
         total = math.ceil(self.count / args.batch)
         for images in tqdm(self.batches(args), self.path, total, unit="batch", leave=False):
-            images = images.to(args.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
+            images = images.to(args.device)
             outputs = network(images)
             measured = measured or [FeatureStatistics(x.shape[1], x.device) for x in outputs[:2]]
             for statistics, x in zip(measured, outputs[:2], strict=True):
@@ -456,13 +435,12 @@ class Side:
 
 def check(args, sides):
     """Settle the size of folders and refuse, before any work, what can't be compared or written: ValueError."""
-    if len(sides) == 1 and (args.paired or args.json or not args.save_stats):
+    if len(sides) == 1 and (args.paired or not args.save_stats):
         raise ValueError("SAMPLES is missing: give it, or --save-stats OUT.npz alone")
-    for path in filter(None, (args.save_stats, args.json)):
-        if os.path.exists(path) and not args.overwrite:
-            raise ValueError(f"{path} exists: pass --overwrite to replace it, or change the path")
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise ValueError(f"{path} is in no existing folder: make the folder or change the path")
+    if args.save_stats and os.path.exists(args.save_stats):
+        raise ValueError(f"{args.save_stats} exists: move it away or change the path")
+    if args.save_stats and not os.path.isdir(os.path.dirname(args.save_stats) or "."):
+        raise ValueError(f"{args.save_stats} is in no existing folder: make the folder or change the path")
     counts = " and ".join(str(side.count) for side in sides)
     if any(side.count < 2 and not side.statistics for side in sides):
         raise ValueError(f"{counts} images: give at least 2 on each side")
@@ -471,33 +449,20 @@ def check(args, sides):
     sizes = {side.size for side in sides if side.size}
     edge = args.size or (min(sizes)[0] if sizes else 256)
     for side in sides:
-        if side.files:
+        if side.folder:
             side.size = (edge, edge)
             sizes.add(side.size)
-    any_size = args.size and not args.paired and args.features in ("inception", "fd-dinov2")
-    if len(sizes) > 1 and not any_size:
-        shown = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
-        raise ValueError(f"images of {shown}: make them one size; --size lets FID and FD-DINOv2 compare two sizes")
+    shown = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
+    if len(sizes) > 1:
+        raise ValueError(f"images of {shown}: make them one size")
+    if args.paired and min(map(min, sizes)) < 16 and not args.no_lpips:
+        raise ValueError(f"images of {shown} are too small for LPIPS: give --no-lpips")
 
 
-def make_network(args, size):
-    """The network of --features: uint8 (B, 3, H, W) -> (features (B, D),), or InceptionV3's three outputs."""
-    if args.features == "inception":
-        return load_inception(args.inception_weights, args.device)
-    if args.features == "fd-dinov2":
-        model = DINOv2(args.encoder_weights).to(args.device)
-        return lambda images: (model(images),)
-    from encoder import Encoder
-
-    model = Encoder(args.features, size, args.encoder_weights).to(args.device)
-    return lambda images: (model(images.float() / 255).mean((2, 3)),)
-
-
-def compare_pairs(args, batches):
-    """Pairs of batches, uint8 (B, 3, H, W) -> {"PSNR", "SSIM", "LPIPS": mean over all pairs of images}."""
+def compare_pairs(batches, lpips=None):
+    """Pairs of batches, uint8 (B, 3, H, W) -> {"PSNR", "SSIM" and, where given, "LPIPS": mean over all images}."""
     distances = {"PSNR": psnr, "SSIM": ssim}
-    if not args.no_lpips:
-        lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(args.device)
+    if lpips is not None:
         distances["LPIPS"] = lambda a, b: lpips(2 * a - 1, 2 * b - 1)
     values = {name: [] for name in distances}
     for a, b in batches:
@@ -508,7 +473,7 @@ def compare_pairs(args, batches):
 
 def compare_sets(args, reference, samples):
     """Two measured sides -> {name: score}: Frechet distances, IS, precision and recall whose inputs are there."""
-    names = ("FD",) if args.features != "inception" else ("rFID",) if args.paired else ("FID", "sFID")
+    names = ("FD-DINOv2",) if args.features == "dinov2" else ("rFID",) if args.paired else ("FID", "sFID")
     scores = {}
     for name, keys in zip(names, STATISTICS, strict=False):
         moments = [side.statistics.get(key) for side in (reference, samples) for key in keys]
@@ -524,28 +489,26 @@ def compare_sets(args, reference, samples):
 
 @torch.no_grad()
 def run(args):
+    """{name: score} of the command line; {} where it only saves statistics."""
     sides = [Side(path, args.features) for path in (args.reference, args.samples) if path]
     check(args, sides)
-    with_images = [side for side in sides if side.count]
-    network = make_network(args, with_images[0].size[0]) if with_images else None
+    network = lpips = None
+    if args.paired and not args.no_lpips:
+        lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(args.device)
+    if any(side.count for side in sides):
+        if args.features == "dinov2":
+            network = DINOv2(args.dinov2_weights).to(args.device)
+        else:
+            network = load_inception(args.inception_weights, args.device)
     keep = args.features == "inception" and not args.paired and len(sides) == 2
-    passes = [side.measure(network, args, keep) for side in with_images]
-    pairs = compare_pairs(args, zip(*passes, strict=True)) if args.paired else {}
+    passes = [side.measure(network, args, keep) for side in sides if side.count]
+    pairs = compare_pairs(zip(*passes, strict=True), lpips) if args.paired else {}
     for _ in itertools.chain(*passes):
         continue  # measure() does the work
     if args.save_stats:
         with open(args.save_stats, "wb") as file:
             np.savez(file, **sides[0].statistics, features=args.features)
-    if len(sides) == 1:
-        return
-    scores = compare_sets(args, *sides) | pairs
-    for name, score in scores.items():
-        print(f"{name:<10}{score:.4f}")
-    if args.json:
-        scores = {name: score if math.isfinite(score) else None for name, score in scores.items()}
-        inputs = {key: getattr(args, key) for key in ("reference", "samples", "features")}
-        with open(args.json, "w") as file:
-            json.dump(scores | inputs, file, indent=1)
+    return compare_sets(args, *sides) | pairs if len(sides) == 2 else {}
 
 
 def positive(text):
@@ -563,20 +526,19 @@ def parse_args(argv):
     add("reference", metavar="REFERENCE", help="folder of images, or npz of images and/or statistics")
     add("samples", metavar="SAMPLES", nargs="?", help="the other set, likewise; may be left out with --save-stats")
     add("--paired", action="store_true", help="compare image i with image i: rFID, PSNR, SSIM, LPIPS (default: sets)")
-    add("--features", default="inception", help="inception, fd-dinov2 or an encoder's name (default: %(default)s)")
-    add("--size", type=positive, metavar="PIXELS", help="side of the square to which a folder's images are cropped; "
-        "given, it also lets FID compare two sizes (default: the size of the other set, else 256)")
+    add("--features", choices=["inception", "dinov2"], default="inception", help="dinov2 gives FD-DINOv2 alone "
+        "(default: %(default)s)")
+    add("--size", type=positive, metavar="PIXELS", help="side of the square to which a folder's images are cropped "
+        "(default: the size of the other set, else 256)")
     add("--batch", type=positive, default=64, help="images per forward pass (default: %(default)s)")
-    add("--workers", type=int, default=4, help="processes that decode a folder (default: %(default)s)")
+    add("--workers", type=int, help="processes that decode a folder (default: by the cores)")
     add("--device", choices=devices, default=devices[-1], help="device of the networks (default: %(default)s)")
     add("--inception-weights", metavar="PATH", help="local pt_inception-2015-12-05-6726825d.pth (default: download)")
-    add("--encoder-weights", metavar="PATH", help="weights for --features, in timm's key names (default: download)")
+    add("--dinov2-weights", metavar="PATH", help="local DINOv2 ViT-L/14, in timm's key names (default: download)")
     add("--vgg-weights", metavar="PATH", help="local VGG16 of torchvision or timm, for LPIPS (default: download)")
     add("--lpips-weights", metavar="PATH", help="local vgg.pth of LPIPS v0.1 (default: download)")
     add("--no-lpips", action="store_true", help="leave LPIPS and its weights out of --paired (default: included)")
     add("--save-stats", metavar="OUT.npz", help="write REFERENCE's statistics, usable as an input (default: don't)")
-    add("--json", metavar="OUT.json", help="write the scores in full precision (default: don't)")
-    add("--overwrite", action="store_true", help="replace files that exist (default: refuse)")
     return parser, parser.parse_args(argv)
 
 
@@ -585,9 +547,11 @@ def main(argv=None):
     torch.set_float32_matmul_precision("highest")  # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 asks for TF32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        run(args)
-    except ValueError as error:
+        scores = run(args)
+    except (ValueError, zipfile.BadZipFile) as error:
         parser.error(error)
+    for name, score in scores.items():
+        print(f"{name:<10}{score:.4f}")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from decoder import image_grid, load_decoder, to_uint8
 from dit import denormalize, guided, load_dit, sample, sample_noise, shift_for
-from encoder import (ON_OFF, RUN_FLAGS, Encoder, Images, amount, center_crop, compile_blocks, count, fill_up,
-                     image_source, load_stats, make_loader, make_parser, natural, one_line_refusals, open_image,
+from encoder import (ON_OFF, RUN_FLAGS, Encoder, amount, center_crop, compile_blocks, count, evaluation_batches,
+                     fill_up, image_source, load_stats, make_parser, natural, one_line_refusals, open_image,
                      pixel_statistics, set_up)
 
 SAMPLES = "samples.png"
@@ -53,7 +53,7 @@ FLAGS = [
     ("--overwrite",     bool,     False,  False,  False,  "replace an npz that exists"),
     ("--batch",         count,    32,     8,      100,    "images at a time in each process"),
     ("--seed",          natural,  0,      0,      0,      "seed of the starting noise"),
-    ("--compile",       ON_OFF,   None,   None,   None,   "torch.compile (default: on CUDA from 1,000 samples on)"),
+    ("--compile",       ON_OFF,   None,   None,   None,   "torch.compile (default: on CUDA for 1,000 samples or more)"),
 ]
 FLAGS += [row for row in RUN_FLAGS if row[0] in ("--precision", "--workers", "--device")]
 
@@ -61,8 +61,10 @@ FLAGS += [row for row in RUN_FLAGS if row[0] in ("--precision", "--workers", "--
 def parse_args(argv):
     parser = make_parser(__doc__, FLAGS, argv)
     args = parser.parse_args(argv)
-    args.dit = args.dit or parser.runs / "dit" / "dit.pt"
-    args.decoder = args.decoder or parser.runs / "decoder" / "decoder.pt"
+    args.dit = args.dit or Path("runs", args.preset, "dit", "dit.pt")
+    args.decoder = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
+    if args.compile is None:
+        args.compile = args.device == "cuda" and (args.num_samples or 0) >= 1000
     if not args.interval[0] <= args.interval[1] <= 1:
         parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give LOW <= HIGH <= 1")
     if args.num_samples and (args.classes or args.per_class):
@@ -90,16 +92,14 @@ def parse_args(argv):
 def load_models(args):
     """The models of the sampler, checked against each other -> (dit, guide or None, stats, shift, decoder, names)."""
     model, info = load_dit(args.dit)
-    shape = (model.config["latent_dim"], model.config["grid"], model.config["grid"])
     if not args.stats and "stats" not in info:
         raise ValueError(f"{args.dit} is a bare diffusion model: give its latent statistics with --stats stat.pt")
-    stats = load_stats(args.stats, shape) if args.stats else info["stats"]
+    stats = load_stats(args.stats, model.latent_shape) if args.stats else info["stats"]
     encoder = info.get("encoder", {"name": args.encoder})["name"]
     decoder, record = decoder_and_encoder(args, encoder)
-    found = (decoder.config["latent_dim"], decoder.config["grid"], decoder.config["grid"])
-    if found != shape or record["name"] != encoder:
-        raise ValueError(f"{args.decoder} decodes latents {found} of {record['name']}, but {args.dit} draws {shape} of "
-                         f"{encoder}: give a pair that belongs together, or the right --encoder")
+    if decoder.latent_shape != model.latent_shape or record["name"] != encoder:
+        raise ValueError(f"{args.decoder} decodes latents {decoder.latent_shape} of {record['name']}, {args.dit} draws "
+                         f"{model.latent_shape} of {encoder}: give a matching pair, or the right --encoder")
     guide = None
     if args.guide:
         if args.scale == 1:
@@ -112,7 +112,7 @@ def load_models(args):
     elif args.scale != 1 and (args.unconditional or not model.num_classes or info.get("label_dropout") == 0):
         raise ValueError(f"--scale {args.scale:g}: no classifier-free guidance without classes, or for a model trained "
                          "without label dropout; give --scale 1, or a weaker model by --guide")
-    return model, guide, stats, info.get("shift", shift_for(shape)), decoder, info.get("classes", [])
+    return model, guide, stats, info.get("shift", shift_for(model.latent_shape)), decoder, info.get("classes", [])
 
 
 def decoder_and_encoder(args, encoder=None):
@@ -138,23 +138,19 @@ def labels_of(args, model, names):
 
 
 def generate(args, device, autocast):
-    """Samples -> (how many, images of each, columns of a grid, image side S, batches).
-
-    batches(indices) yields uint8 (n, S, S, 3): the images of the samples with these indices, in order.
-    """
+    """Draw samples; with --trajectory eight images of each."""
     model, guide, stats, shift, decoder, names = load_models(args)
     labels = labels_of(args, model, names)
     model, decoder, guide = model.to(device), decoder.to(device), guide.to(device) if guide else None
     stats = {key: value.to(device) for key, value in stats.items()}
-    compiled = args.compile if args.compile is not None else device.type == "cuda" and len(labels) >= 1000
-    if compiled:
+    if args.compile:
         compile_blocks(decoder, model, *([guide] if guide else []))
     shown = set(np.linspace(0, args.steps - 1, 8).round().astype(int).tolist()) if args.trajectory else {args.steps - 1}
 
-    def batches(indices):
+    def pictures(indices):
         for first in range(0, len(indices), args.batch):
             part = indices[first : first + args.batch]
-            size = args.batch if compiled else len(part)
+            size = args.batch if args.compile else len(part)
             y = fill_up(torch.tensor([labels[i] for i in part], device=device), size)  # (B,)
             noise = fill_up(sample_noise(args.seed, part, stats["mean"].shape).to(device), size)  # (B, C, H, W)
             latents = []  # the estimates x_t - t v at the steps that are shown; the last one is the sample
@@ -169,7 +165,7 @@ def generate(args, device, autocast):
             yield torch.stack(frames, 1).flatten(0, 1).cpu().numpy()  # (b len(shown), S, S, 3)
 
     columns = 8 if args.trajectory or args.num_samples else args.per_class
-    return len(labels), len(shown), columns, decoder.image_size, batches
+    write_images(args, device, len(labels), len(shown), columns, decoder.image_size, pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,12 +173,12 @@ def generate(args, device, autocast):
 
 
 def reconstruct(args, device, autocast):
-    """Encode and decode a folder's images, or one photo beside itself; returns as `generate` does."""
+    """Encode and decode a folder's images, or one photo beside itself."""
     decoder, record = decoder_and_encoder(args)
     encoder = Encoder(record["name"], record["image_size"], args.encoder_weights).to(device)
-    if (encoder.latent_dim, encoder.grid) != (decoder.config["latent_dim"], decoder.config["grid"]):
-        raise ValueError(f"{args.decoder} does not decode {encoder.latent_dim}-wide tokens on a grid of {encoder.grid} "
-                         f"x {encoder.grid}, those of {record['name']}: give the right --encoder")
+    if encoder.latent_shape != decoder.latent_shape:
+        raise ValueError(f"{args.decoder} decodes latents {decoder.latent_shape}, not {encoder.latent_shape}, those of "
+                         f"{record['name']}: give the right --encoder")
     decoder, side = decoder.to(device), decoder.image_size
     if args.compile:
         compile_blocks(encoder.vit, decoder)
@@ -202,18 +198,14 @@ def reconstruct(args, device, autocast):
         yield np.stack([image, decoded(torch.from_numpy(image).permute(2, 0, 1)[None])[0]])
 
     def folder(indices):
-        parts = [[(i, i) for i in indices[first : first + args.batch]] for first in range(0, len(indices), args.batch)]
-        for pixels, *_ in make_loader(images, parts, args.workers, device):
-            if not images.unreadable.any():  # else only look for the others, to name all of them
-                yield decoded(pixels)
-        if broken := int(images.unreadable.sum()):
-            raise ValueError(f"{broken} images in {args.reconstruct} cannot be read, see above: repair or remove them")
+        for pixels in evaluation_batches(source, indices, side, args.batch, args.workers, device):
+            yield decoded(pixels)
 
     if os.path.isfile(args.reconstruct):
-        return 1, 2, 2, side, photo
-    source = image_source(args.reconstruct, side)
-    images = Images(source, lambda image, rng: center_crop(image, side), strict=True)
-    return len(source), 1, 8, side, folder
+        write_images(args, device, 1, 2, 2, side, photo)
+    else:
+        source = image_source(args.reconstruct, side)
+        write_images(args, device, len(source), 1, 8, side, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,8 +221,14 @@ def write_npz(path, parts, shape):
                 shutil.copyfileobj(raw, file, 2**24)
 
 
-def write_images(args, device, items, per_item, columns, side, batches):
-    """Draw this rank's share of the items into a file of raw bytes; rank 0 joins the files of all ranks in order."""
+def write_images(args, device, items, per_item, columns, side, pictures):
+    """Write --out: `per_item` images of each of the `items`, uint8 (side, side, 3); a PNG grid has so many columns.
+
+    pictures(indices) yields uint8 (n, side, side, 3), the images of the items with these indices, in order. Each rank
+    draws its share into a file of raw bytes; rank 0 joins the files of all ranks in order.
+    """
+    if args.out.suffix == ".png" and items * per_item > 10000:
+        raise ValueError(f"{items * per_item} images are too many for one picture: give --out an .npz")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     parts = [Path(f"{args.out}.tmp{rank}") for rank in range(args.world_size)]
     temporary = Path(f"{args.out}.tmp")
@@ -239,7 +237,7 @@ def write_images(args, device, items, per_item, columns, side, batches):
     try:
         with open(parts[args.rank], "wb") as file, torch.no_grad():
             with tqdm(total=len(mine) * per_item, unit="image", disable=args.rank > 0) as bar:
-                for images in batches(mine):
+                for images in pictures(mine):
                     file.write(images.tobytes())
                     bar.update(len(images))
             file.flush()
@@ -267,11 +265,7 @@ def main(argv=None):
     with one_line_refusals(parser):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that write_images cleans up
         device, autocast = set_up(args)
-        work = reconstruct if args.reconstruct else generate
-        items, per_item, columns, side, batches = work(args, device, autocast)
-        if args.out.suffix == ".png" and items * per_item > 10000:
-            raise ValueError(f"{items * per_item} images are too many for one picture: give --out an .npz")
-        write_images(args, device, items, per_item, columns, side, batches)
+        (reconstruct if args.reconstruct else generate)(args, device, autocast)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ To evaluate: sample.py --reconstruct imagenet/val --out recon.npz, then fid.py i
 
 import functools
 import math
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -28,10 +29,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from decoder import SIZES, Decoder, image_grid, load_decoder, patchify, to_uint8
 from encoder import (ENCODER_HELP, GIVE_UP_AFTER, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop,
-                     compile_blocks, count, describe, distribute, download, finish, image_source, make_ema, make_parser,
+                     check_init, compile_blocks, count, distribute, finish, image_source, make_ema, make_parser,
                      one_line_refusals, pixel_statistics, positive, random_crop, resume, save_checkpoint, set_up, share,
-                     stop_by_signal, training_loader, weights_url)
-from fid import LPIPS
+                     stop_by_signal, training_loader)
+from fid import LPIPS, TIMM, load_weights
 
 RECIPE = [
     # flag             type      256 px  512 px  demo    meaning, and what the paper has
@@ -69,7 +70,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.data is None:
         parser.error("--data is missing: give a folder of images, or `shapes`")
-    args.out = args.out or parser.runs / "decoder"
+    args.out = args.out or Path("runs", args.preset, "decoder")
     args.encoder_size = args.encoder_size or args.size
     args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
     if args.resize < args.size:
@@ -84,34 +85,8 @@ def parse_args(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # The discriminator: five light heads that read a frozen DINO ViT. StyleGAN-T (arXiv 2301.09515), section 3.2
 
-DINO = "vit_small_patch8_224.dino"  # timm's name of DINO ViT-S/8, arXiv 2104.14294
-
-
-def load_dino(weights=None, num_heads=None):
-    """DINO ViT-S/8 with the tanh form of GELU, as the authors' released code runs it.
-
-    weights: a local file in timm's or DINO's own key names; without it timm's file is downloaded once. Its shapes set
-    width, depth, patch and image size, so any plain ViT with a class token serves. num_heads: the file's count of
-    attention heads, which no tensor tells (default: one for 64 channels, at least two).
-    Raises ValueError, in one line, for weights that are neither downloadable nor usable.
-    """
-    url = weights_url(timm.get_pretrained_cfg(DINO).to_dict())
-    try:
-        path = weights or download(url)
-        open(path, "rb").close()  # a missing file ends here; timm would also log it
-        state = timm.models.load_state_dict(path, weights_only=True)
-        D, _, patch, _ = state["patch_embed.proj.weight"].shape
-        size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch  # one position is the class token's
-        depth = sum(key.endswith("norm1.weight") for key in state)
-        vit = timm.models.VisionTransformer(
-            size, patch, num_classes=0, embed_dim=D, depth=depth, num_heads=num_heads or max(2, D // 64),
-            mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / D, act_layer="gelu_tanh")
-        vit.load_state_dict(state)
-    except Exception as error:  # the download and the readers of files raise many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:200]
-        raise ValueError(f"no usable DINO for the discriminator at {weights or url} ({reason}): fetch {url} and pass "
-                         "it with --dino-weights PATH") from None
-    return vit
+# DINO ViT-S/8 (arXiv 2104.14294) with the tanh form of GELU, as the released code runs it.
+DINO = dict(model_name="vit_small_patch8_224.dino", act_layer="gelu_tanh")
 
 
 class DiscriminatorHead(nn.Module):
@@ -137,19 +112,18 @@ class DiscriminatorHead(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] to logits (B, 5 N), N the ViT's patches (784): high for real, low for generated.
 
-    The first head reads the last block's output, the others the outputs of the blocks in `hooks` (counted from 0).
+    The first head reads the last block's output, the others those of blocks 2, 5, 8 and 11, counted from 0.
     Only `heads` trains. The ViT is frozen and stays in eval mode, but gradients flow through it to the images.
-    weights, num_heads: see load_dino. Raises ValueError where the ViT does not load or is too shallow for `hooks`.
+    weights: a local file, in timm's or DINO's own key names; None: downloaded once. Raises ValueError where they can't
+    be had.
     """
 
-    def __init__(self, weights=None, num_heads=None, hooks=(2, 5, 8, 11)):
+    def __init__(self, weights=None):
         super().__init__()
-        self.vit = load_dino(weights, num_heads).requires_grad_(False).eval()
-        depth = len(self.vit.blocks)
-        if max(hooks) >= depth:
-            raise ValueError(f"--dino-weights {weights}: {depth} blocks, the discriminator needs {max(hooks) + 1}")
-        self.blocks = [depth - 1, *hooks]  # one per head; the last block serves two
-        self.heads = nn.ModuleList(DiscriminatorHead(self.vit.embed_dim) for _ in self.blocks)
+        self.vit = timm.create_model(**DINO, num_classes=0)
+        load_weights(self.vit, TIMM.format(DINO["model_name"]), weights, "--dino-weights")
+        self.vit.requires_grad_(False).eval()
+        self.heads = nn.ModuleList(DiscriminatorHead(self.vit.embed_dim) for _ in range(5))
         self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
 
@@ -161,11 +135,10 @@ class Discriminator(nn.Module):
     def forward(self, images):  # (B, 3, H, W)
         x = F.interpolate(images, self.vit.patch_embed.img_size, mode="bilinear", align_corners=False)
         x = ((x + 1) / 2 - self.mean) / self.std  # (B, 3, 224, 224)
-        read = sorted(set(self.blocks))
-        features = self.vit.forward_intermediates(x, read, output_fmt="NLC", intermediates_only=True)  # (B, N, D) each
-        features = {i: feature.float().mT for i, feature in zip(read, features, strict=True)}  # (B, D, N) each
+        outputs = self.vit.forward_intermediates(x, [2, 5, 8, 11], output_fmt="NLC", intermediates_only=True)
+        outputs = [outputs[-1], *outputs]  # (B, N, D) each; the last block serves two heads
         with torch.autocast(x.device.type, enabled=False):  # the heads and the loss stay in float32
-            logits = [head(features[i]) for head, i in zip(self.heads, self.blocks, strict=True)]  # (B, N) each
+            logits = [head(output.float().mT) for head, output in zip(self.heads, outputs, strict=True)]  # (B, N) each
         return torch.cat(logits, 1)  # (B, 5 N)
 
 
@@ -297,12 +270,7 @@ def draw(keys, shape, tau, generator):
 def start_from(path, model, args):
     """Copy the weights of --init into the model. Raises ValueError where they are of another model or encoder."""
     trained, info = load_decoder(path, pixel_statistics(args.encoder))
-    if "encoder" in info and info["encoder"]["name"] != args.encoder:  # published files don't say
-        raise ValueError(f"--init {path} decodes latents of {info['encoder']['name']}: choose --encoder to match")
-    differ = [key for key in model.config if key not in ("mean", "std") and model.config[key] != trained.config[key]]
-    if differ:
-        wanted = ", ".join(f"{key} {trained.config[key]} instead of {model.config[key]}" for key in differ)
-        raise ValueError(f"--init {path} is another decoder: {wanted}; choose --model, --size, ... to match")
+    check_init(path, info, args.encoder, trained.config, model.config, but=("mean", "std"))
     model.load_state_dict(trained.state_dict())
 
 
@@ -319,15 +287,14 @@ def train(args):
 
     # The frozen networks, the decoder and the discriminator's heads.
     encoder = Encoder(args.encoder, args.encoder_size, args.encoder_weights).to(device)
-    shape = (encoder.latent_dim, encoder.grid, encoder.grid)
-    patch, rest = divmod(args.size, encoder.grid)
-    if rest:
-        raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {encoder.grid}")
+    latent_dim, grid, _ = encoder.latent_shape
+    if args.size % grid:
+        raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {grid}")
     lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(device) if args.lpips else None
     torch.manual_seed(args.seed)
     discriminator = Discriminator(args.dino_weights).to(device) if args.gan else None
     torch.manual_seed(args.seed)  # again: the decoder starts the same with and without a discriminator
-    model = Decoder(encoder.latent_dim, encoder.grid, patch, **SIZES[args.model], **pixel_statistics(args.encoder))
+    model = Decoder(latent_dim, grid, args.size // grid, **SIZES[args.model], **pixel_statistics(args.encoder))
     if args.init and not last:
         start_from(args.init, model, args)
     model = model.to(device).train()
@@ -346,7 +313,7 @@ def train(args):
             disc_optimizer.load_state_dict(last["disc_optimizer"])
         skipped = last["skipped"]
         last = None  # last.pt is memory-mapped: release it
-    if args.compile if args.compile is not None else device.type == "cuda":  # before DDP; the average stays eager
+    if args.compile:  # before DDP; the average stays eager
         compile_blocks(encoder.vit, model, *([discriminator.vit] if discriminator else []))
     ddp = distribute(model, device)
     ddp_disc = distribute(discriminator, device) if discriminator else None
@@ -361,8 +328,8 @@ def train(args):
         with autocast:
             shown_z = encoder(shown.to(device).float() / 255)  # (8, C, H, W)
     disc_start, gan_start = (round(epoch * plan.steps_per_epoch) for epoch in (args.disc_start, args.gan_start))
-    say(describe(source))
-    say(f"{args.model}, patch {patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+    say(f"{source.root}: {len(source)} images, classes: {len(source.classes)}")
+    say(f"{args.model}, patch {model.patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{plan.words}; learning rate rises for {args.warmup * plan.steps_per_epoch:.0f} steps; from step {start}")
     if discriminator:
         few = ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""
@@ -396,7 +363,7 @@ def train(args):
             ddp.require_backward_grad_sync = micro == plan.accumulate - 1  # the ranks' gradients meet at the last one
             pixels, _, keys = next(batches)  # (B, 3, S, S) uint8, ..., (B,)
             real = pixels.to(device, non_blocking=True).float() / 255  # (B, 3, S, S) in [0, 1]
-            noise, augment = draw(keys, shape, args.tau, generator)  # (B, C, H, W), (3, B, 5)
+            noise, augment = draw(keys, encoder.latent_shape, args.tau, generator)  # (B, C, H, W), (3, B, 5)
             with autocast:
                 z = encoder(real)  # (B, C, H, W)
                 fake, hidden = ddp(z + noise, return_hidden=True)  # (B, 3, S, S), (B, N, D)

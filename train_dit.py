@@ -16,6 +16,7 @@ The same command again resumes. Paper: arXiv 2510.11690, sections 4 and 5. It wr
 
 import functools
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,18 +27,11 @@ from decoder import image_grid, load_decoder, to_uint8
 from dit import (SIZES, DiT, denormalize, flow_matching_loss, guided, load_dit, normalize, sample, sample_noise,
                  shift_for, time_shift)
 from encoder import (ENCODER_HELP, GIVE_UP_AFTER, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount,
-                     center_crop_flip, compile_blocks, count, describe, distribute, finish, image_source,
+                     center_crop_flip, check_init, compile_blocks, count, distribute, finish, image_source,
                      latent_statistics, load_stats, make_ema, make_loader, make_parser, one_line_refusals,
                      pixel_statistics, positive, random_key, resume, save_checkpoint, set_up, share, stop_by_signal,
                      training_loader)
 from fid import FeatureStatistics, frechet_distance, load_inception, load_statistics
-
-
-def decay_point(text):
-    """An argparse type: epochs, `inf`, or a share of --epochs such as 33%. It stays a string."""
-    if text != "inf":
-        amount(text.removesuffix("%"))
-    return text
 
 
 RECIPE = [
@@ -57,8 +51,8 @@ RECIPE = [
     ("--lr",            positive, 2e-4,   2e-4,   3e-3,   "learning rate of AdamW (0.9, 0.95), no weight decay"),
     ("--lr-end",        amount,   2e-5,   2e-5,   1e-4,   "learning rate from --decay-end on"),
     ("--warmup",        amount,   0.0,    0.0,    0.4,    "epochs of linear warm-up"),
-    ("--decay-start",   decay_point, "40", "40",  "33%",  "epoch, or share of --epochs, where it falls; inf: never"),
-    ("--decay-end",     decay_point, "800", "800", "100%", "epoch where the decay ends; the paper: always 800"),
+    ("--decay-start",   amount,   40.0,   40.0,   None,   "epoch from which it falls (demo: a third of --epochs)"),
+    ("--decay-end",     amount,   800.0,  800.0,  None,   "epoch where the fall ends; paper: 800 (demo: --epochs)"),
     ("--clip",          amount,   1.0,    1.0,    1.0,    "largest gradient norm; 0: no clipping"),
     ("--ema",           share,    0.9995, 0.9995, 0.995,  "decay of the weights' moving average"),
     ("--label-dropout", share,    0.1,    0.1,    0.1,    "share of labels replaced by the null class"),
@@ -73,7 +67,7 @@ RECIPE = [
     ("--fid-num",       count,    10000,  10000,  10000,  "images of an online FID; published ones are of 50,000"),
     ("--inception-weights", str,  None,   None,   None,   "local file, instead of the download"),
 ]
-PLAIN_DIT = dict(decay_start="inf", decay_end="inf", clip=0.0, ema=0.9999)  # the paper's recipe without the DDT head
+PLAIN_DIT = dict(decay_start=math.inf, decay_end=math.inf, clip=0.0, ema=0.9999)  # the paper's, without the DDT head
 
 
 def parse_args(argv):
@@ -84,14 +78,12 @@ def parse_args(argv):
         args = parser.parse_args(argv)
     if args.data is None:
         parser.error("--data is missing: give a folder of images, or `shapes`")
-    args.out = args.out or parser.runs / "dit"
-    if in_epochs(args.decay_start, args) > in_epochs(args.decay_end, args):
-        parser.error(f"--decay-start {args.decay_start} comes after --decay-end {args.decay_end}")
-    args.default_decoder = parser.runs / "decoder" / "decoder.pt"
+    args.out = args.out or Path("runs", args.preset, "dit")
+    start, end = decay_epochs(args)
+    if start > end:
+        parser.error(f"--decay-start {start:g} comes after --decay-end {end:g}")
     if bool(args.fid_every) != bool(args.fid_reference):
         parser.error("--fid-every EPOCHS and --fid-reference NPZ need each other")
-    if args.fid_every and not args.decoder and not args.default_decoder.exists():
-        parser.error(f"--fid-every needs a --decoder: there is no {args.default_decoder}")
     if args.fid_num < 2:
         parser.error(f"--fid-num {args.fid_num}: a covariance needs at least 2 images")
     return parser, args
@@ -101,25 +93,26 @@ def parse_args(argv):
 # Schedule and draws
 
 
-def in_epochs(text, args):
-    """`40` is epoch 40; `33%` is that share of --epochs."""
-    return float(text[:-1]) / 100 * args.epochs if text.endswith("%") else float(text)
+def decay_epochs(args):
+    """The epochs where the learning rate begins and ends to fall: by default the last two thirds of training."""
+    start, end = args.decay_start, args.decay_end
+    return args.epochs / 3 if start is None else start, args.epochs if end is None else end
 
 
 def lr_at(step, args, steps_per_epoch):
     """Learning rate of a step, counted from 0: linear warm-up, constant, then linear from lr to lr_end."""
     warm = min(1.0, (step + 1) / max(1, args.warmup * steps_per_epoch))
-    start, end = in_epochs(args.decay_start, args), in_epochs(args.decay_end, args)
-    epoch = step / steps_per_epoch
+    epoch, (start, end) = step / steps_per_epoch, decay_epochs(args)
     decayed = min(1.0, (epoch - start) / max(end - start, 1e-9)) if epoch > start else 0.0
     return warm * (args.lr + decayed * (args.lr_end - args.lr))
 
 
-def draw(keys, shape, label_dropout, generator):
+def draw(keys, labels, shape, null_class, label_dropout, generator):
     """Everything random of a training step: times, noise, dropped labels; each image's from its own key.
 
     So last.pt holds no state of a generator: step and seed say what is drawn.
-    Returns t (B,) in (0, 1), logit-normal (section 4) and not yet shifted; noise (B, C, H, W); dropped (B,), bool.
+    Returns t (B,) in (0, 1), logit-normal (section 4) and not yet shifted; noise (B, C, H, W); and the labels (B,), of
+    which the share `label_dropout` is the null class, for classifier-free guidance.
     """
     B, device = len(keys), generator.device
     normal, uniform = torch.empty(B, 1, device=device), torch.empty(B, 1, device=device)
@@ -129,7 +122,7 @@ def draw(keys, shape, label_dropout, generator):
         noise[i].normal_(generator=generator)
         normal[i].normal_(generator=generator)
         uniform[i].uniform_(generator=generator)
-    return normal[:, 0].sigmoid(), noise, uniform[:, 0] < label_dropout
+    return normal[:, 0].sigmoid(), noise, labels.where(uniform[:, 0] >= label_dropout, null_class)
 
 
 LOSS_BY_TIME = [f"loss_t{i / 5:.1f}" for i in range(5)]
@@ -151,12 +144,7 @@ def start_from(path, model, encoder):
     Where the counts of classes differ, the class table stays new, but for the null class, its last row.
     """
     trained, info = load_dit(path)
-    if "encoder" in info and info["encoder"]["name"] != encoder:  # published files don't say
-        raise ValueError(f"--init {path} draws latents of {info['encoder']['name']}: choose --encoder to match")
-    differ = [key for key in model.config if key != "num_classes" and model.config[key] != trained.config[key]]
-    if differ:
-        wanted = ", ".join(f"{key} {trained.config[key]} instead of {model.config[key]}" for key in differ)
-        raise ValueError(f"--init {path} is another model: {wanted}; choose --model, --size, ... to match")
+    check_init(path, info, encoder, trained.config, model.config, but=("num_classes",))
     state, table = trained.state_dict(), "y_embedder.embedding_table.weight"
     if trained.num_classes != model.num_classes:
         state[table] = torch.cat([model.state_dict()[table][:-1], state[table][-1:]])
@@ -171,12 +159,14 @@ def load_preview_decoder(args, encoder):
     """
     if args.preview_every == 0 and not args.fid_every:
         return None, "no previews: --preview-every 0"
-    path = args.decoder or args.default_decoder
+    path = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
     if not args.decoder and not path.exists():
+        if args.fid_every:
+            raise ValueError(f"--fid-every needs a --decoder: there is no {path}")
         return None, f"no previews: no --decoder was given, and there is no {path}"
     decoder, info = load_decoder(path, pixel_statistics(args.encoder))
     name = info["encoder"]["name"] if "encoder" in info else args.encoder
-    if (name, decoder.latent_shape) == (args.encoder, (encoder.latent_dim, encoder.grid, encoder.grid)):
+    if (name, decoder.latent_shape) == (args.encoder, encoder.latent_shape):
         return decoder, f"previews by {path}"
     if args.decoder or args.fid_every:
         raise ValueError(f"--decoder {path} decodes other latents than those of {args.encoder} at {args.size} px; to "
@@ -229,11 +219,11 @@ def train(args):
 
     # The frozen encoder, and the model that learns to draw its latents.
     encoder = Encoder(args.encoder, args.size, args.encoder_weights).to(device)
-    shape = (encoder.latent_dim, encoder.grid, encoder.grid)
+    shape = encoder.latent_shape
     num_classes = 0 if args.unconditional else len(source.classes)
     label_dropout = 1.0 if args.unconditional else args.label_dropout
     torch.manual_seed(args.seed)
-    model = DiT(encoder.latent_dim, encoder.grid, num_classes, **SIZES[args.model], qk_norm=args.qk_norm,
+    model = DiT(*shape[:2], num_classes, **SIZES[args.model], qk_norm=args.qk_norm,
                 allow_narrow=args.allow_narrow)
     origin = last or (start_from(args.init, model, args.encoder) if args.init else {})
     shift = origin.get("shift") or shift_for(shape, args.shift_base)
@@ -245,13 +235,12 @@ def train(args):
     decoder, previews = load_preview_decoder(args, encoder)
     if args.fid_every:
         reference, inception = load_statistics(args.fid_reference), load_inception(args.inception_weights, device)
-    say(describe(source))
+    say(f"{source.root}: {len(source)} images, classes: {len(source.classes)} ({', '.join(source.classes[:5])})")
     say(previews)
 
     # Compiled block by block, before DDP; the average stays eager.
     images = Images(source, functools.partial(center_crop_flip, size=args.size))
-    compiled = args.compile if args.compile is not None else device.type == "cuda"
-    if compiled:
+    if args.compile:
         compile_blocks(encoder.vit, model)
     if stats is None:
         with autocast:
@@ -271,10 +260,8 @@ def train(args):
     ddp = distribute(model, device)
     if decoder and (args.rank == 0 or args.fid_every):
         decoder = decoder.to(device)
-    decay_start, decay_end = (in_epochs(t, args) * plan.steps_per_epoch for t in (args.decay_start, args.decay_end))
-    decay = "stays" if math.isinf(decay_start) else f"falls from step {decay_start:.0f} to {decay_end:.0f}"
     say(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; time shift {shift:.2f}; "
-        f"{plan.words}; learning rate {decay}; from step {start}")
+        f"{plan.words}; from step {start}")
 
     def checkpoint(done):
         result = dict(kind="dit", config=model.config, model=ema.module.state_dict(), stats=stats, shift=shift,
@@ -301,9 +288,8 @@ def train(args):
             ddp.require_backward_grad_sync = micro == plan.accumulate - 1  # the ranks' gradients meet at the last one
             pixels, labels, keys = next(batches)  # (B, 3, S, S) uint8, (B,), (B,)
             pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            t, noise, dropped = draw(keys, shape, label_dropout, generator)  # (B,), (B, C, H, W), (B,)
+            t, noise, labels = draw(keys, labels, shape, model.null_class, label_dropout, generator)
             t = time_shift(t, shift)  # section 4: t' = a t / (1 + (a - 1) t)
-            labels = labels.where(~dropped, model.null_class)
             with autocast:
                 x = normalize(encoder(pixels.float() / 255), stats)  # (B, C, H, W)
                 # x_t = (1 - t) x + t noise; the loss is |v(x_t, t, labels) - (noise - x)|^2, averaged over each image

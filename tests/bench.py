@@ -193,7 +193,7 @@ def offline():
             (encoder, "load_vit", lambda network, *_: network),
             (encoder, "make_loader", ready_batches),
             (fid, "load_weights", random_weights),
-            (train_decoder, "load_dino", lambda *_: timm.create_model(train_decoder.DINO, act_layer="gelu_tanh")),
+            (train_decoder, "load_weights", random_weights),
             (train_decoder, "save_checkpoint", lambda files: None),
             (train_dit, "save_checkpoint", lambda files: None),
         ):

@@ -79,7 +79,7 @@ def overfit(width, depth, head, seed, steps, batch):
     size = dict(head_width=head, head_depth=1, head_heads=4) if head else {}
     model = DiT(TOKEN, encoder.grid, 0, width, depth, heads=4, allow_narrow=True, **size)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = argparse.Namespace(lr=3e-3, lr_end=0.0, warmup=0.1 * steps, decay_start="50%", decay_end="100%",
+    schedule = argparse.Namespace(lr=3e-3, lr_end=0.0, warmup=0.1 * steps, decay_start=steps / 2, decay_end=steps,
                                   epochs=steps)  # of one step each
 
     def loss(n):
@@ -167,7 +167,7 @@ def measure(plan, work, jobs):
     models += [(narrow, depth, 0) for depth in plan["depths"]] + [(narrow, DEPTH, HEAD)]
     dits = {(a, seed): work / f"dit-{a}-{seed}" for a in plan["strengths"] for seed in seeds}
     several = {(tau, seed): work / f"decoder-{tau}-{seed}" for tau in plan["taus"] for seed in seeds}
-    schedule = ["--epochs", epochs, "--warmup", epochs / 10, "--decay-start", "33%", "--decay-end", "100%"]
+    schedule = ["--epochs", epochs, "--warmup", epochs / 10]
     tasks = [  # the latents have 128 x 4 x 4 elements, and a = sqrt(elements / base)
         (train, "dit", out, "--seed", seed, "--shift-base", 2048 / a**2, *schedule, "--ema", 0.99, "--stats-images",
          plan["images"]) for (a, seed), out in dits.items()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -103,6 +104,13 @@ def weights_by_formula(shapes_file, bias):
     return state
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """The handlers of signals that a script has set do not stay."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
     """Path of Inception's weights, by formula."""
@@ -122,12 +130,17 @@ def lpips_weights(tmp_path_factory):
     return str(folder / "vgg.pth"), str(folder / "heads.pth")
 
 
-def save_tiny_dino(path, depth=12, seed=0, **shape):
-    """A random ViT in a file that --dino-weights takes: 32 px, patch 8, so 16 tokens; `shape` overrides."""
-    torch.manual_seed(seed)
-    shape = dict(img_size=32, patch_size=8, embed_dim=16, num_heads=2) | shape
-    vit = timm.models.VisionTransformer(num_classes=0, depth=depth, **shape)
-    torch.save(vit.state_dict(), path)
+TINY_DINO = dict(img_size=32, embed_dim=16, num_heads=2)
+
+
+def save_tiny_dino(path):
+    """A random DINO of 12 blocks and 16 tokens in a file for --dino-weights. From here on train_decoder.py builds such
+    a one in the place of ViT-S/8, in this process and in those that start() starts."""
+    import train_decoder
+
+    train_decoder.DINO.update(TINY_DINO)
+    torch.manual_seed(0)
+    torch.save(timm.create_model(**train_decoder.DINO, num_classes=0).state_dict(), path)
     return path
 
 
@@ -171,8 +184,11 @@ def assert_identical(a, b):
 
 def start(script, *flags, **environment):
     """A script in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], env=environment, text=True,
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)} | environment
+    command = [str(ROOT / script)]
+    if "--dino-weights" in flags:
+        command = ["-c", f"import train_decoder as t; t.DINO.update({TINY_DINO}); t.main()"]
+    return subprocess.Popen([sys.executable, *command, *map(str, flags)], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 

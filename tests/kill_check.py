@@ -29,7 +29,7 @@ import decoder as decoders
 import dit
 
 if __name__ != "__mp_main__":  # the runs, which import this file too, need nothing of it
-    from conftest import flat, make_images, save_tiny_dino
+    from conftest import TINY_DINO, flat, make_images, save_tiny_dino
 
 TESTS = Path(__file__).resolve().parent
 # Runs are forked from a process that has imported the scripts: that takes seconds, which each run would need again.
@@ -62,7 +62,7 @@ def prepare(folder, steps):
 # A run in a process of its own
 
 
-def script_main(script, argv, terminal, alive, environment):
+def script_main(script, argv, terminal, alive, environment, tiny_dino):
     """What the process does: the script's main(), its terminal a file. It and its loader's processes hold `alive`."""
     os.setsid()  # a process group, as the shell gives to a command
     os.environ.update(environment)
@@ -71,6 +71,7 @@ def script_main(script, argv, terminal, alive, environment):
         os.dup2(file.fileno(), 2)
     multiprocessing.set_start_method(None, force=True)  # the platform's own, as for a command
     torch.set_num_threads(1)
+    importlib.import_module("train_decoder").DINO.update(tiny_dino)
     importlib.import_module(script).main(argv)
 
 
@@ -88,7 +89,7 @@ def start(script, argv, out, **environment):
     start_server()
     gone, alive = PROCESSES.Pipe(duplex=False)
     argv = [*map(str, argv), "--out", str(out)]
-    process = PROCESSES.Process(target=script_main, args=(script, argv, f"{out}.txt", alive, environment))
+    process = PROCESSES.Process(target=script_main, args=(script, argv, f"{out}.txt", alive, environment, TINY_DINO))
     process.start()
     alive.close()
     return process, gone

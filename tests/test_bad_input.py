@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, make_images, published_decoder, published_dit, read, save_tiny_dino
+from conftest import ROOT, make_images, published_decoder, published_dit, read
 
 import decoder
 import dit
@@ -34,7 +34,7 @@ COMMANDS = {  # what works
     "train_dit": (train_dit.main, TRAIN + "--stats-images 4"),
     "sample": (sample.main, "--preset demo --dit dit_run/dit.pt --decoder decoder_run/decoder.pt --per-class 1 "
                             "--scale 1 --steps 2 --device cpu --out out.png"),
-    "fid": (fid.main, "--features random-tiny --workers 0 --device cpu"),
+    "fid": (fid.main, "--workers 0 --device cpu"),
 }
 
 
@@ -102,26 +102,21 @@ def build(folder):
         stats = dict.fromkeys(("mean", "var"), torch.ones(other.latent_shape))
         changed(f"dit_{name}.pt", "dit_run/dit.pt", config=other.config, model=other.state_dict(), stats=stats)
     changed("dit_statless.pt", "dit_run/dit.pt", stats=None)
-    changed("dit_stats16.pt", "dit_run/dit.pt", stats=dict.fromkeys(("mean", "var"), torch.ones(16, 4, 4)))
     changed("dit_undropped.pt", "dit_run/dit.pt", label_dropout=0.0)
     wide = decoder.Decoder(16, 4, 8, **decoder.SIZES["ViT-tiny"])
     changed("decoder_wide.pt", "decoder_run/decoder.pt", config=wide.config, model=wide.state_dict())
-    one = torch.ones(128, 4, 4)
-    for name, var in {"16": torch.ones(16, 4, 4), "nan": one * np.nan, "negative": -one}.items():
-        torch.save({"mean": None, "var": var}, f"stat_{name}.pt")
+    torch.save({"mean": None, "var": torch.ones(16, 4, 4)}, "stat_16.pt")
 
     # Weights of the frozen networks.
-    save_tiny_dino("dino.pt", depth=2)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0).half().state_dict()  # 192 wide
     torch.save(vit, "vit.pt")
-    torch.save(vit | {"cls_token": vit["cls_token"] * np.nan}, "vit_nan.pt")
     heads = {f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1) for i, c in enumerate(fid.LPIPS.layers.values())}
     torch.save(heads, "heads.pt")
 
     # Arrays.
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     arrays = dict(a=images, five=images[[0, 1, 2, 3, 0]], float=images / 255.0, grey=images[..., 0], one=images[:1],
-                  wide=images.repeat(2, 1)[:, :24])
+                  small=images[:, :15, :15], wide=images.repeat(2, 1)[:, :24])
     for name, array in arrays.items():
         np.savez(f"{name}.npz", array)
     np.savez("other.npz", x=images)
@@ -130,8 +125,9 @@ def build(folder):
     shutil.copy("a.npz", "cut.npz")
     os.truncate("cut.npz", 1000)
     np.savez("inception.npz", mu=np.zeros(2048), sigma=np.broadcast_to(np.float16(0), (2048, 2048)))
-    statistics = dict(mu=np.zeros(128), sigma=np.eye(128), features="random-tiny")
-    np.savez("stats_nan.npz", **statistics | dict(mu=np.full(128, np.nan)))
+    statistics = dict(np.load("inception.npz"))
+    np.savez("dinov2.npz", mu=np.zeros(1024), sigma=np.zeros((1024, 1024)), features="dinov2")
+    np.savez("stats_nan.npz", **statistics | dict(mu=np.full(2048, np.nan)))
     np.savez("stats_sigma.npz", **statistics | dict(sigma=np.eye(64)))
     trap = np.array([Trap()], object)
     np.savez("trap.npz", arr_0=trap)
@@ -140,7 +136,7 @@ def build(folder):
 
     # The other two commands work as well.
     sample.main(COMMANDS["sample"][1].split())
-    fid.main([*COMMANDS["fid"][1].split(), "a.npz", "--save-stats", "stats.npz"])
+    fid.main([*COMMANDS["fid"][1].split(), "inception.npz", "inception.npz"])
 
 
 def listing(folder):
@@ -157,6 +153,7 @@ def check(world, tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # so timm's own download would try and try
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(fid.DINOv2.__init__, "__defaults__", (None, "vit_small_patch14_dinov2.lvd142m"))  # quick
     monkeypatch.setattr(train_dit, "latent_statistics", lambda *_: pytest.fail("this may take an hour"))
     monkeypatch.setattr(time, "sleep", lambda seconds: seconds and pytest.fail(f"waits for {seconds} s"))
     before = listing(world)
@@ -203,7 +200,7 @@ train_decoder
 --size 32.5 | --size: 32.5 | integer
 --size 0 | --size: 0 | at least 1
 --lr 0 | --lr: 0 | above 0
---lr inf | --lr: inf | below
+--lr inf | --lr: inf | above 0
 --tau nan | --tau: nan | number
 --ema 1 | --ema: 1 | below 1
 --data absent | absent | folder
@@ -220,15 +217,14 @@ train_decoder
 --encoder vit_tiny_patch16_224 | --encoder-weights | https://huggingface.co/timm/vit_tiny
 --encoder vit_tiny_patch16_224 --encoder-weights absent.pt | absent.pt | No such file | --encoder-weights
 --encoder vit_tiny_patch16_224 --encoder-weights foreign.pt | foreign.pt | cls_token | --encoder-weights
---encoder vit_tiny_patch16_224 --encoder-weights vit_nan.pt | vit_nan.pt | finite
 --disc-start 2 --gan-start 1 | --gan-start 1 | --disc-start 2
 --size 8 --lpips 1 | --size 8 | --lpips 0
 --lpips 1 | --lpips-weights | https
 --lpips 1 --lpips-weights heads.pt --vgg-weights absent.pt | absent.pt | --vgg-weights
 --lpips 1 --lpips-weights foreign.pt | foreign.pt | --lpips-weights
 --gan 1 | --dino-weights | https://huggingface.co/timm/vit_small_patch8_224.dino
---gan 1 --dino-weights absent.pt | absent.pt | No such file | --dino-weights
---gan 1 --dino-weights dino.pt | dino.pt | 2 blocks
+--gan 1 --dino-weights absent.pt | absent.pt | FileNotFoundError | --dino-weights
+--gan 1 --dino-weights foreign.pt | foreign.pt | --dino-weights
 --init decoder_vit.pt | decoder_vit.pt | vit_tiny | --encoder
 --init decoder_wide.pt | decoder_wide.pt | latent_dim 16 instead of 128
 --out decoder_run --tau 0.5 --data flat | decoder_run | tau 0.1, now 0.5 | images 8, now 4 | --out
@@ -241,8 +237,6 @@ train_dit
 --encoder vit_tiny_patch16_224 --encoder-weights vit.pt | 160 | 192-wide | DiT-DH-S | --allow-narrow
 --stats absent.pt | --stats absent.pt | No such file
 --stats stat_16.pt | --stats stat_16.pt | (16, 4, 4) | (128, 4, 4)
---stats stat_nan.pt | --stats stat_nan.pt | finite
---stats stat_negative.pt | --stats stat_negative.pt | negative
 --init dit_deep.pt | dit_deep.pt | depth 1 instead of 3 | --model
 --init dit_vit.pt | dit_vit.pt | vit_tiny | --encoder
 --init stage2.pt | stage2.pt | --stats
@@ -251,17 +245,16 @@ train_dit
 --fid-every 1 | --fid-reference
 --fid-every 1 --fid-reference inception.npz | --decoder
 --fid-every 1 --fid-reference inception.npz --decoder decoder_run/decoder.pt --fid-num 1 | --fid-num 1 | at least 2
---fid-every 1 --fid-reference stats.npz --decoder decoder_run/decoder.pt | stats.npz | inception
+--fid-every 1 --fid-reference dinov2.npz --decoder decoder_run/decoder.pt | dinov2.npz | inception
 sample
 --dit absent.pt | absent.pt | give
---dit dit_cut.pt | dit_cut.pt | damaged
+--dit dit_cut.pt | dit_cut.pt | cannot load
 --dit dit_short.pt | dit_short.pt | Missing
 --dit dit_nan.pt | dit_nan.pt | finite
---dit dit_stats16.pt | dit_stats16.pt | statistics | (128, 4, 4)
 --dit dit_statless.pt | dit_statless.pt | --stats
---dit decoder_run/decoder.pt | decoder_run/decoder.pt | not a diffusion model
+--dit decoder_run/decoder.pt | decoder_run/decoder.pt | as a diffusion model
 --decoder absent.pt | absent.pt | give
---decoder decoder_cut.pt | decoder_cut.pt | damaged
+--decoder decoder_cut.pt | decoder_cut.pt | cannot load
 --decoder decoder_short.pt | decoder_short.pt | Missing
 --decoder decoder_nan.pt | decoder_nan.pt | finite
 --decoder decoder_wide.pt | decoder_wide.pt | (16, 4, 4) | dit_run/dit.pt | (128, 4, 4)
@@ -285,7 +278,7 @@ sample
 --reconstruct absent | --reconstruct absent
 --reconstruct damaged/0001.png | damaged/0001.png | damaged
 --reconstruct damaged --workers 1 | damaged/0001.png | repair
---reconstruct photo.png --decoder decoder_wide.pt | decoder_wide.pt | 128-wide
+--reconstruct photo.png --decoder decoder_wide.pt | decoder_wide.pt | (128, 4, 4)
 --reconstruct photo.png --out x.npz | x.npz | .png
 --reconstruct photo.png --out photo.png | photo.png | another
 fid
@@ -297,18 +290,20 @@ a.npz more.npz | more.npz | (9, 16, 16, 3)
 a.npz float.npz | float.npz | float64 (4, 16, 16, 3) | uint8
 a.npz grey.npz | grey.npz | uint8 (4, 16, 16)
 a.npz one.npz | 4 and 1 | at least 2
-a.npz other.npz | other.npz | random-tiny
-a.npz damaged --size 16 --workers 1 | damaged/0001.png | repair
-inception.npz a.npz | inception.npz | random-tiny
+a.npz other.npz | other.npz | inception
+dinov2.npz a.npz | dinov2.npz | inception
 stats_nan.npz a.npz | stats_nan.npz | finite
-stats_sigma.npz a.npz | stats_sigma.npz | (128, 128)
+stats_sigma.npz a.npz | stats_sigma.npz | (2048, 2048)
 a.npz five.npz --paired | 4 | 5
 a.npz wide.npz | 16 x 16 | 24 x 16
-stats.npz a.npz --paired | --paired | images
-a.npz a.npz --features incepton | incepton | random-tiny
-a.npz a.npz --features inception | --inception-weights | https
-a.npz a.npz --json photo.png | photo.png | --overwrite
-a.npz a.npz --json no/scores.json | no/scores.json
+inception.npz a.npz --paired | --paired | images
+a.npz small.npz | 15 x 15 | 16 x 16
+small.npz small.npz --paired | 15 x 15 | --no-lpips
+a.npz a.npz --features incepton | incepton | dinov2
+a.npz a.npz | --inception-weights | https
+a.npz a.npz --features dinov2 | --dinov2-weights | https
+inception.npz --save-stats a.npz | a.npz | exists
+inception.npz --save-stats no/stats.npz | no/stats.npz
 """)
 def test_one_line(check, name, arguments, said):
     main, command = COMMANDS[name]
@@ -347,8 +342,8 @@ TRAPS = {
     "sample": ["--dit TRAP", "--decoder TRAP", "--stats TRAP", "--guide TRAP --scale 2", "--reconstruct TRAP",
                "--reconstruct photo.png --decoder decoder_vit.pt --encoder-weights TRAP"],
     "fid": ["a.npz trap.npz", "trap_mu.npz a.npz", "trap_features.npz a.npz", "a.npz TRAP",
-            "a.npz a.npz --features inception --inception-weights TRAP", "a.npz a.npz --paired --lpips-weights TRAP",
-            "a.npz a.npz --features vit_tiny_patch16_224 --encoder-weights TRAP",
+            "a.npz a.npz --inception-weights TRAP", "a.npz a.npz --paired --lpips-weights TRAP",
+            "a.npz a.npz --features dinov2 --dinov2-weights TRAP",
             "a.npz a.npz --paired --lpips-weights heads.pt --vgg-weights TRAP"],
 }
 TRAPS = [(name, row.replace("TRAP", file)) for name, rows in TRAPS.items() for row in rows
@@ -376,7 +371,7 @@ def test_the_traps_work(world, tmp_path, monkeypatch):
 def test_every_flag_that_takes_a_file_has_its_trap():
     tables = dict(train_decoder=train_decoder.RECIPE, train_dit=train_dit.RECIPE, sample=sample.FLAGS)
     flags = {name: {row[0] for row in rows if row[1] is str} for name, rows in tables.items()}
-    flags["fid"] = set(re.findall(r'"(--[a-z]+-weights)"', (ROOT / "fid.py").read_text()))
+    flags["fid"] = set(re.findall(r'"(--[a-z0-9]+-weights)"', (ROOT / "fid.py").read_text()))
     assert {name: len(found) for name, found in flags.items()} == dict(train_decoder=7, train_dit=8, sample=8, fid=4)
     for name, found in flags.items():
         for flag in found - {"--data", "--encoder", "--out"}:

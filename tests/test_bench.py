@@ -91,5 +91,5 @@ def test_a_row_out_of_memory_says_so(monkeypatch):
 @pytest.mark.parametrize("settings", bench.SETTINGS.values(), ids=bench.SETTINGS)
 def test_latents_are_those_of_the_encoder(settings):
     with bench.offline():
-        record = bench.encoder.Encoder(settings["encoder"], settings["size"]).record
-    assert settings["latents"] == (record["latent_dim"], record["grid"], record["grid"])
+        encoder = bench.encoder.Encoder(settings["encoder"], settings["size"])
+    assert settings["latents"] == encoder.latent_shape

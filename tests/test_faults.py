@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import time
 
 import kill_check
@@ -178,12 +177,10 @@ def test_killed_at_a_moment_that_is_rarely_met(save, moment, script, flags, whol
 def test_a_signal_saves_and_the_same_command_resumes(script, flags, whole, tmp_path, monkeypatch, capsys):
     """SIGTERM; then Ctrl-C and SIGTERM, as from torchrun, to the process group with the loader; then to the end."""
     out, argv = tmp_path / "run", flags[script] + NO_SAVES
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(script, argv, out)["step"] == 3
     assert "stopped and saved at step 3; the same command resumes\n" in capsys.readouterr().out
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
     process, gone = start(script, argv + ["--epochs", 999], out)
     wait_until(lambda: logged(out) > 3, process)
@@ -212,22 +209,31 @@ def test_a_stopped_run_goes_on_to_the_files_of_an_undisturbed_one(script, flags,
     assert not differences(out, whole(script))
 
 
-def test_loader_processes_outlive_signals_but_their_trainer_s():
-    images = encoder.Images(encoder.Shapes(12, 16), lambda image, rng: image)
-    loader = iter(encoder.make_loader(images, [[(i, i)] for i in range(12)], 1, "cpu"))
-    batches = [next(loader)]
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGINT)
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as the cluster's manager would
-    batches += loader  # more than it had prepared
-    assert [batch[2].item() for batch in batches] == list(range(12))
+def test_a_signal_to_the_process_group_spares_the_loader_s_processes():
+    """Ctrl-C and torchrun's SIGTERM; Python's own SIGTERM at its end is for them."""
 
-    loader = iter(encoder.make_loader(images, [[(i, i)] for i in range(12)], 1, "cpu"))
-    next(loader)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGTERM)  # as Python does at its end
-    worker.join(10)
-    assert worker.exitcode == 0
+    def run(connection):
+        os.setpgid(0, 0)
+        images = encoder.Images(encoder.Shapes(12, 16), lambda image, rng: image)
+        loader = iter(encoder.make_loader(images, [[(i, i)] for i in range(12)], 1, "cpu"))
+        keys = [next(loader)[2].item()]
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as a trainer, which ends after its step
+        os.killpg(0, signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        connection.send(keys + [batch[2].item() for batch in loader])  # more than it had prepared
+        loader = iter(encoder.make_loader(images, [[(i, i)] for i in range(12)], 1, "cpu"))
+        next(loader)
+        (worker,) = multiprocessing.active_children()
+        worker.terminate()
+        worker.join(10)
+        connection.send(worker.exitcode)
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=run, args=(theirs,))
+    process.start()
+    assert ours.poll(60) and ours.recv() == list(range(12))
+    assert ours.poll(60) and ours.recv() == 0
+    process.join(10)
 
 
 @both_stages

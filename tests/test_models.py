@@ -490,20 +490,6 @@ def refusal(load, path):
     return message
 
 
-def test_statistics_that_cannot_be_are_refused(tmp_path):
-    _, file, optional = our_dit()
-    mean, var = optional["stats"]["mean"], optional["stats"]["var"]
-    broken = mean.clone()
-    broken[3, 1, 1] = math.nan
-    for stats, reason in [
-        ({"mean": mean[:1], "var": var}, "(16, 3, 3)"), ({"mean": mean, "var": var[None]}, "(16, 3, 3)"),
-        ({"mean": mean, "var": var / 0}, "finite"), ({"mean": broken, "var": var}, "finite"),
-        ({"mean": mean}, "'var'"), ([mean, var], "list"),
-    ]:
-        torch.save(file | optional | dict(stats=stats), tmp_path / "dit.pt")
-        assert reason in refusal(load_dit, tmp_path / "dit.pt")
-
-
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     for model, load in [(our_dit()[0], load_dit), (tiny_decoder(), load_decoder)]:
         list(model.parameters())[3].view(-1)[0] = math.inf
@@ -528,9 +514,7 @@ def test_files_that_hold_no_such_model(tmp_path):
     for load in (load_decoder, load_dit):
         for name in [*unlike, "text.pt", "cut.pt", "folder.pt"]:
             assert "trust" not in refusal(load, tmp_path / name), "no advice to run the code in a pickle"
-        with pytest.raises(FileNotFoundError, match="absent.pt") as error:
-            load(tmp_path / "absent.pt")
-        assert "give a" in str(error.value) and "\n" not in str(error.value)
+        assert "FileNotFoundError" in refusal(load, tmp_path / "absent.pt")
     for load, content, reason in [
         (load_decoder, model, "'config'"), (load_decoder, our_model, "'num_classes'"),
         (load_dit, decoder, "'config'"), (load_dit, our_decoder, "'patch'"),

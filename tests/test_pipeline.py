@@ -73,9 +73,9 @@ def test_under_torchrun(tmp_path):
 
 
 @pytest.mark.parametrize("classes, read_as, known", [
-    (["a", "b", "c"], "data: 6 images, 3 classes (0 a, 1 b, 2 c)", ["a", "b", "c"]),
-    ([], "data: 6 images, 1 class (0 data)", ["data"]),
-    (["train/a", "train/b/deep", "val/a"], "data/train: 4 images, 2 classes (0 a, 1 b)", ["a", "b"]),
+    (["a", "b", "c"], "data: 6 images, classes: 3 (a, b, c)", ["a", "b", "c"]),
+    ([], "data: 6 images, classes: 1 (data)", ["data"]),
+    (["train/a", "train/b/deep", "val/a"], "data/train: 4 images, classes: 2 (a, b)", ["a", "b"]),
 ])
 def test_train_dit_on_folders(tmp_path, classes, read_as, known, capsys):
     make_images(tmp_path / "data", 6, size=(70, 50), classes=classes)

@@ -25,7 +25,7 @@ import train_decoder
 import train_dit
 from dit import DiT
 from encoder import (PRESETS, RUN_FLAGS, Images, Log, Parser, Plan, Shapes, agree, amount, count, distribute, finish,
-                     make_ema, make_loader, make_parser, natural, number, one_line_refusals, positive, resume,
+                     make_ema, make_loader, make_parser, natural, one_line_refusals, positive, resume,
                      save_checkpoint, set_up, share, stop_by_signal, training_loader)
 
 CPU = torch.device("cpu")
@@ -34,7 +34,8 @@ CPU = torch.device("cpu")
 def settings(**changes):
     """The arguments of a run, as far as this section looks at them."""
     return argparse.Namespace(**dict(batch=8, micro_batch=4, epochs=10.0, log_every=None, save_every=None, rank=0,
-                                     world_size=1, seed=0, workers=0, lr=0.1, device="cpu", precision="tf32") | changes)
+                                     world_size=1, seed=0, workers=0, lr=0.1, device="cpu", precision="tf32",
+                                     compile=None) | changes)
 
 
 def two_ranks(monkeypatch, **operations):
@@ -44,15 +45,6 @@ def two_ranks(monkeypatch, **operations):
         monkeypatch.setattr(dist, name, operation)
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Signal handlers as they were."""
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    yield before
-    for kind, handler in before.items():
-        signal.signal(kind, handler)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 
@@ -60,10 +52,9 @@ def handlers():
 @pytest.mark.parametrize("kind, good, bad, words", [
     (natural, {"0": 0, "7": 7}, ["-1", "1.5", "x", "", "nan", "1e3"], "is not an integer of at least 0"),
     (count, {"1": 1, "12": 12}, ["0", "-3", "2.0", "inf"], "is not an integer of at least 1"),
-    (amount, {"0": 0, "1e-3": 0.001, "2": 2}, ["-0.1", "nan", "x"], "is not a number of at least 0"),
-    (positive, {"1e-9": 1e-9, "3": 3}, ["0", "-1", "nan"], "is not a number above 0"),
+    (amount, {"0": 0, "1e-3": 0.001, "2": 2}, ["-0.1", "nan", "x", "1e400"], "is not a number of at least 0"),
+    (positive, {"1e-9": 1e-9, "3": 3}, ["0", "-1", "nan", "inf"], "is not a number above 0"),
     (share, {"0": 0, "0.999": 0.999}, ["1", "-0.1", "nan", "inf"], "is not a number of at least 0 and below 1"),
-    (number(int, 2, below=5), {"2": 2, "4": 4}, ["1", "5"], "is not an integer of at least 2 and below 5"),
 ])
 def test_types_of_numbers(kind, good, bad, words):
     for text, value in good.items():
@@ -75,12 +66,10 @@ def test_types_of_numbers(kind, good, bad, words):
         assert str(error.value).startswith(f"{text} {words}")
 
 
-def test_numbers_that_are_too_large():
-    for kind in (natural, count, amount, positive):
-        for text in (str(2**63), "1e400" if kind in (amount, positive) else str(10**30)):
-            with pytest.raises(argparse.ArgumentTypeError):
-                kind(text)
-        assert kind(str(2**62)) == 2**62
+def test_seeds_have_63_bits():
+    assert natural(str(2**63 - 1)) == 2**63 - 1
+    with pytest.raises(argparse.ArgumentTypeError):
+        natural(str(2**63))
 
 
 FLAGS = [
@@ -106,7 +95,6 @@ def test_a_preset_is_a_column_and_flags_override_it():
         args = parsed("--preset", preset)
         assert (args.data, args.lr, args.model, args.classes, args.interval, args.fast) == column
         assert args.preset == preset and vars(parsed(f"--preset={preset}")) == vars(args)
-        assert make_parser("", FLAGS, ["--preset", preset]).runs == Path("runs") / preset
     assert vars(parsed()) == vars(parsed("--preset", "imagenet256"))
     args = parsed("--lr", "0.5", "--preset", "demo", "--classes", "4", "--interval", "0", "0.5", "--fast", "--model",
                   "XL", "--compile", "--out", "there")
@@ -164,11 +152,10 @@ def raise_in(file, error):
     exec(compile("raise error", str(file), "exec"), {"error": error})
 
 
-def test_bad_input_is_one_line_and_all_else_keeps_its_traceback(capsys, handlers):
-    """And the handlers of signals are back, however the script ends."""
+def test_bad_input_is_one_line_and_all_else_keeps_its_traceback(capsys):
     parser = Parser(prog="script.py")
     for error, line in {
-        ValueError("--lr is wrong"): "--lr is wrong", FileNotFoundError(2, "No such file", "x"): "No such file: 'x'",
+        ValueError("--lr is wrong"): "--lr is wrong",
         ValueError(f'Caught\n  File "torch/x.py"\n  File "{ROOT / "encoder.py"}"\nValueError: first\n'): "first",
     }.items():
         with pytest.raises(SystemExit, match="2"), one_line_refusals(parser):
@@ -177,14 +164,13 @@ def test_bad_input_is_one_line_and_all_else_keeps_its_traceback(capsys, handlers
         printed = capsys.readouterr()
         assert not printed.out and printed.err.startswith("script.py: error: ") and printed.err.endswith(line + "\n")
         assert printed.err.count("\n") == 1
-        assert {kind: signal.getsignal(kind) for kind in handlers} == handlers
-    for error in (RuntimeError("CUDA out of memory"), OSError(28, "No space left"), PermissionError("x"), KeyError("x"),
-                  KeyboardInterrupt(), SystemExit("stopped"), ValueError(f'File "{ROOT}/x.py"\n  File "torch/y.py"\n')):
+    for error in (RuntimeError("CUDA out of memory"), OSError(28, "No space left"), FileNotFoundError("x"),
+                  KeyError("x"), KeyboardInterrupt(), SystemExit("stopped"),
+                  ValueError(f'File "{ROOT}/x.py"\n  File "torch/y.py"\n')):
         with pytest.raises(type(error)) as raised, one_line_refusals(parser):
             stop_by_signal(0)
             raise_in(ROOT / "dit.py", error)
         assert raised.value is error and not capsys.readouterr().err
-        assert {kind: signal.getsignal(kind) for kind in handlers} == handlers
     with pytest.raises(ValueError, match="of another library"), one_line_refusals(parser):
         raise_in("numpy.py", ValueError("of another library"))
 

@@ -297,6 +297,7 @@ import torch.distributed as dist
 import conftest, encoder, train_decoder
 
 rank, out = int(os.environ["RANK"]), Path({out!r})
+train_decoder.DINO.update(conftest.TINY_DINO)
 form = dist.init_process_group  # one group for all that follows
 dist.init_process_group = lambda *how, **more: dist.is_initialized() or form(*how, **more)
 leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
@@ -537,7 +538,7 @@ def test_a_resumed_run_needs_the_file_of_init_no_more(one_process, settings, tmp
 
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(size=32, resize=32), "is another decoder: grid 2 instead of 4; choose --model, --size, ... to match"),
+    (dict(size=32, resize=32), "is another model: grid 2 instead of 4; choose --model, --size, ... to match"),
     (dict(size=32, resize=32, encoder_size=16), "patch 8 instead of 16"),
     (dict(model="ViT-deep"), "depth 3 instead of 1"),
 ])
@@ -555,9 +556,9 @@ def test_init_refuses_the_decoder_of_another_encoder_and_what_is_none(one_proces
     content["encoder"]["name"] = "mae-b"
     torch.save(content, tmp_path / "other.pt")
     message = refused(capsys, tmp_path / "run", settings, init=tmp_path / "other.pt")
-    assert f"--init {tmp_path}/other.pt decodes latents of mae-b: choose --encoder to match" in message
-    assert "no decoder at" in refused(capsys, tmp_path / "run", settings, init=tmp_path / "absent.pt")
-    assert "is not a decoder" in refused(capsys, tmp_path / "run", settings, init=one_process[0] / "log.csv")
+    assert f"--init {tmp_path}/other.pt is for latents of mae-b: choose --encoder to match" in message
+    assert "No such file" in refused(capsys, tmp_path / "run", settings, init=tmp_path / "absent.pt")
+    assert "as a decoder" in refused(capsys, tmp_path / "run", settings, init=one_process[0] / "log.csv")
 
 
 @pytest.mark.parametrize("gan_start, warns", [(399.6, True), (400, False), (None, False)])  # of 2.5 steps an epoch

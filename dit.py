@@ -190,10 +190,8 @@ class DiT(nn.Module):
                  head_width=0, head_depth=0, head_heads=0, qk_norm=False, allow_narrow=False):
         super().__init__()
         if (head_width or width) < latent_dim and not allow_narrow:
-            fit = [name for name, size in SIZES.items() if size.get("head_width", size["width"]) >= latent_dim]
-            wider = ", ".join(fit) or f"a width of at least {latent_dim}"
             raise ValueError(f"a model of width {head_width or width} cannot represent velocities of {latent_dim}-wide "
-                             f"tokens (Theorem 1 of the paper): use {wider}, or insist with --allow-narrow")
+                             "tokens (Theorem 1 of the paper): use a DiT-DH, 2048 wide, or insist with --allow-narrow")
         self.config = dict(latent_dim=latent_dim, grid=grid, num_classes=num_classes, width=width, depth=depth,
                            heads=heads, head_width=head_width, head_depth=head_depth, head_heads=head_heads,
                            qk_norm=qk_norm)

@@ -227,12 +227,11 @@ class Images(torch.utils.data.Dataset):
     transform(image, rng=...) -> PIL image draws from a generator seeded by the key. A file that cannot be read is named
     once on stderr and marked in `unreadable`, a bool for each image that all loader processes share. In its place
     stands another image, chosen by the same generator, with its own label: so batches keep their shape.
-    strict, for evaluation: a black image stands there, and the caller looks at `unreadable`.
     Raises ValueError after 100 unreadable files in a row.
     """
 
-    def __init__(self, source, transform, strict=False):
-        self.source, self.transform, self.strict = source, transform, strict
+    def __init__(self, source, transform):
+        self.source, self.transform = source, transform
         self.unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
     def __len__(self):
@@ -244,20 +243,15 @@ class Images(torch.utils.data.Dataset):
         for _ in range(100):
             try:
                 image, label = self.source.open(index)
-                return self.to_tensor(image, rng), label, key
+                image = np.asarray(self.transform(image, rng=rng))
+                return torch.from_numpy(image.transpose(2, 0, 1).copy()), label, key
             except Exception as error:  # Pillow raises nearly any kind for a damaged file
                 path = os.fsdecode(self.source.paths[index])
                 if not self.unreadable[index]:
                     self.unreadable[index] = True
                     print(f"cannot read {path} ({error})", file=sys.stderr, flush=True)
-            if self.strict:
-                return self.to_tensor(Image.new("RGB", (64, 64)), rng), 0, key
             index = int(rng.integers(len(self.source)))
         raise ValueError(f"100 images in a row could not be read, the last one {path}: check the data folder")
-
-    def to_tensor(self, image, rng):
-        image = np.asarray(self.transform(image, rng=rng))
-        return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
 @functools.lru_cache(maxsize=2)
@@ -309,7 +303,7 @@ def evaluation_batches(source, indices, size, batch, workers, device):
 
     Raises ValueError, at the end, where images could not be read; each is named on stderr.
     """
-    images = Images(source, lambda image, rng: center_crop(image, size), strict=True)
+    images = Images(source, lambda image, rng: center_crop(image, size))
     parts = [[(i, i) for i in indices[first : first + batch]] for first in range(0, len(indices), batch)]
     for pixels, *_ in make_loader(images, parts, workers, device):
         if not images.unreadable.any():  # else only look for the others, to name all of them
@@ -413,10 +407,6 @@ class Encoder(nn.Module):
             patches = positions[:, prefix:].unflatten(1, native).permute(0, 3, 1, 2)  # (1, C, h, w)
             patches = F.interpolate(patches, (self.grid, self.grid), mode="bicubic").flatten(2).mT  # (1, N, C)
             self.vit.pos_embed = nn.Parameter(torch.cat([positions[:, :prefix], patches], 1))
-
-    def train(self, mode=True):
-        """Stays in eval mode: it is frozen."""
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images):
@@ -565,7 +555,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose refusals are one line and whose help shows the defaults of the preset."""
 
     def error(self, message):
-        time.sleep(10 * (os.environ.get("RANK", "0") != "0"))  # rank 0 says it, and torchrun then ends the others
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # rank 0 says it, and torchrun then ends the others
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, argv=None):
@@ -719,9 +710,9 @@ class Plan:
         return max(default, 500 / self.steps_per_epoch) if epochs is None else epochs
 
     def due(self, done, epochs):
-        """Which interval of so many epochs ends when `done` steps are done: 1, 2, ...; 0: none does."""
-        interval = round(done / (epochs * self.steps_per_epoch)) if epochs else 0
-        return interval if done == round(interval * epochs * self.steps_per_epoch) else 0
+        """Whether an interval of so many epochs ends when `done` steps are done; 0: never."""
+        steps = epochs * self.steps_per_epoch
+        return steps > 0 and round(done / steps) > 0 and done == round(round(done / steps) * steps)
 
 
 def resume(args, kind, result, **data):
@@ -853,7 +844,9 @@ class Log:
             row = dict(step=step, epoch=f"{step / self.plan.steps_per_epoch:.4f}")
             row |= {name: f"{value:.6g}" for name, value in numbers.items()}
             self.csv.writerow(row)
-            self.bar.write(" ".join(f"{name} {value}" for name, value in row.items()) + f" left {left}" * bool(left))
+            if left:
+                row["left"] = left
+            self.bar.write(" ".join(f"{name} {value}" for name, value in row.items()))
             sys.stdout.flush()
 
 

@@ -132,7 +132,7 @@ def labels_of(args, model, names):
     numbers = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(model.num_classes)}
     for name in classes:
         if name not in numbers:
-            known = f"0 to {model.num_classes - 1}" + f", or names such as {', '.join(names[:5])}" * bool(names)
+            known = ", ".join([f"0 to {model.num_classes - 1}", *names[:5]])
             raise ValueError(f"--classes {name}: {args.dit} knows {known}")
     return [numbers[name] for name in classes for _ in range(args.per_class)]
 

@@ -24,12 +24,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 from torch.nn.utils.parametrizations import spectral_norm
 
 from decoder import SIZES, Decoder, image_grid, load_decoder, patchify, to_uint8
-from encoder import (ENCODER_HELP, GIVE_UP_AFTER, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, center_crop,
-                     check_init, compile_blocks, count, distribute, finish, image_source, make_ema, make_parser,
+from encoder import (ENCODER_HELP, GIVE_UP_AFTER, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, check_init,
+                     compile_blocks, count, distribute, finish, image_source, make_ema, make_parser,
                      one_line_refusals, pixel_statistics, positive, random_crop, resume, save_checkpoint, set_up, share,
                      stop_by_signal, training_loader)
 from fid import LPIPS, TIMM, load_weights
@@ -113,7 +113,7 @@ class Discriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] to logits (B, 5 N), N the ViT's patches (784): high for real, low for generated.
 
     The first head reads the last block's output, the others those of blocks 2, 5, 8 and 11, counted from 0.
-    Only `heads` trains. The ViT is frozen and stays in eval mode, but gradients flow through it to the images.
+    Only `heads` trains. The ViT is frozen, but gradients flow through it to the images.
     weights: a local file, in timm's or DINO's own key names; None: downloaded once. Raises ValueError where they can't
     be had.
     """
@@ -122,15 +122,10 @@ class Discriminator(nn.Module):
         super().__init__()
         self.vit = timm.create_model(**DINO, num_classes=0)
         load_weights(self.vit, TIMM.format(DINO["model_name"]), weights, "--dino-weights")
-        self.vit.requires_grad_(False).eval()
+        self.vit.requires_grad_(False)
         self.heads = nn.ModuleList(DiscriminatorHead(self.vit.embed_dim) for _ in range(5))
         self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.vit.eval()
-        return self
 
     def forward(self, images):  # (B, 3, H, W)
         x = F.interpolate(images, self.vit.patch_embed.img_size, mode="bilinear", align_corners=False)
@@ -321,10 +316,8 @@ def train(args):
     images = Images(source, functools.partial(random_crop, resize=args.resize, size=args.size))
     batches, steps = training_loader(images, args, plan, start, device)
     if args.rank == 0:
-        centered = Images(source, lambda image, rng: center_crop(image, args.size))
-        centered.unreadable = images.unreadable  # named once
-        shown = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()
-        shown = torch.stack([centered[i, i][0] for i in shown])  # (8, 3, S, S) uint8
+        chosen = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()
+        shown = torch.stack([images[i, i][0] for i in chosen])  # (8, 3, S, S) uint8
         with autocast:
             shown_z = encoder(shown.to(device).float() / 255)  # (8, C, H, W)
     disc_start, gan_start = (round(epoch * plan.steps_per_epoch) for epoch in (args.disc_start, args.gan_start))
@@ -352,7 +345,7 @@ def train(args):
     for step in steps:
         train_disc = discriminator is not None and step >= disc_start
         use_gan = discriminator is not None and step >= gan_start
-        kept = []  # images, latents and draws for the discriminator's step, so that nothing is encoded twice
+        seen = []  # images, latents and draws for the discriminator's step, so that nothing is encoded twice
 
         # The decoder learns from L1, LPIPS and a discriminator at rest: in eval mode its spectral norms stand still.
         rates = dict(lr=lr_at(step, args, plan.steps_per_epoch))
@@ -374,8 +367,8 @@ def train(args):
             fake.backward(gradient * len(real) / plan.local_batch)
             log.add(**losses)
             if train_disc:
-                kept.append((real, z, augment[1], augment[2]))
-        norm = clip_grad_norm_(model.parameters(), math.inf)  # the norm alone: nothing is clipped
+                seen.append((real, z, augment[1], augment[2]))
+        norm = get_total_norm([p.grad for p in model.parameters()])  # nothing is clipped
         log.add(grad_norm=norm)
         norm, loss, stop = agree(stopping, norm, losses["l1"])
         finite = math.isfinite(norm)
@@ -389,7 +382,7 @@ def train(args):
             rates["disc_lr"] = lr_at(step - disc_start, args, plan.steps_per_epoch)
             disc_optimizer.param_groups[0]["lr"] = rates["disc_lr"]
             discriminator.train()
-            for micro, (real, z, augment_fake, augment_real) in enumerate(kept):
+            for micro, (real, z, augment_fake, augment_real) in enumerate(seen):
                 ddp_disc.require_backward_grad_sync = micro == plan.accumulate - 1
                 with autocast:
                     with torch.no_grad():
@@ -399,7 +392,7 @@ def train(args):
                 disc = hinge_loss(real_logits, fake_logits)
                 (disc * len(real) / plan.local_batch).backward()
                 log.add(disc=disc, real=real_logits.mean(), fake=fake_logits.mean())
-            norm = clip_grad_norm_(discriminator.heads.parameters(), math.inf)
+            norm = get_total_norm([p.grad for p in discriminator.heads.parameters()])
             log.add(disc_norm=norm)
             if norm.isfinite():
                 disc_optimizer.step()

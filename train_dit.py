@@ -44,7 +44,7 @@ RECIPE = [
     ("--qk-norm",       bool,     False,  False,  False,  "RMSNorm on q and k, for bf16 training; the paper: without"),
     ("--allow-narrow",  bool,     False,  False,  False,  "allow a model narrower than its tokens, against Theorem 1"),
     ("--unconditional", bool,     False,  False,  False,  "train without labels"),
-    ("--shift-base",    positive, 4096.0, 4096.0, 512.0,  "base of the time shift sqrt(C H W / base), at least 1"),
+    ("--shift-base",    positive, 4096.0, 4096.0, 512.0,  "base of the shift sqrt(C H W / base); --init keeps its own"),
     ("--epochs",        positive, 80.0,   400.0,  9.0,    "length of training; the paper: also 800 at 256 px"),
     ("--batch",         count,    1024,   1024,   32,     "images in a step, over all processes"),
     ("--micro-batch",   count,    32,     8,      32,     "most images in one forward; for DiT-DH-XL and 80 GB"),
@@ -268,8 +268,9 @@ def train(args):
                       encoder=encoder.record, label_dropout=label_dropout, epoch=done / plan.steps_per_epoch,
                       classes=source.classes if num_classes else [])
         files = {args.out / "stat.pt": stats, args.out / "dit.pt": result}
-        if kept := plan.due(done, args.keep_every):
-            files[args.out / f"dit-{kept * args.keep_every:g}.pt"] = result
+        if plan.due(done, args.keep_every):
+            epoch = args.keep_every * round(done / plan.steps_per_epoch / args.keep_every)
+            files[args.out / f"dit-{epoch:g}.pt"] = result
         last = dict(kind="train_dit", args=recorded, step=done, model=model.state_dict(), ema=ema.module.state_dict(),
                     optimizer=optimizer.state_dict(), stats=stats, shift=shift, skipped=skipped)
         save_checkpoint(files | {args.out / "last.pt": last})

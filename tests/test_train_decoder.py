@@ -268,7 +268,7 @@ def test_previews_show_originals_above_reconstructions(one_process, photos):
     assert picture.shape == (16 + 2 + 16, 8 * 18 - 2, 3)
     source, decoder = ImageFolder(photos), load_decoder(out / "decoder.pt")[0]
     for column, i in enumerate(np.random.default_rng(0).permutation(10)[:8]):
-        image = np.array(center_crop(source.open(i)[0], 16))
+        image = np.array(encoders.random_crop(source.open(i)[0], 24, 16, np.random.default_rng(i)))
         left = 18 * column
         assert np.array_equal(picture[:16, left : left + 16], image)
         z = Encoder("random-tiny", 16)(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)

@@ -106,7 +106,8 @@ def load_models(args):
             raise ValueError(f"--guide {args.guide} needs a --scale: the paper has 1.42 at 256 px and 1.5 at 512 px")
         guide, weak = load_dit(args.guide)
         differ = [key for key in ("latent_dim", "grid", "num_classes") if guide.config[key] != model.config[key]]
-        differ += ["encoder"] * (weak.get("encoder", {"name": encoder})["name"] != encoder)
+        if weak.get("encoder", {"name": encoder})["name"] != encoder:
+            differ.append("encoder")
         if differ:
             raise ValueError(f"--guide {args.guide} differs in {', '.join(differ)} from {args.dit}: choose another")
     elif args.scale != 1 and (args.unconditional or not model.num_classes or info.get("label_dropout") == 0):

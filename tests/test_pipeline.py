@@ -91,7 +91,7 @@ def test_readme_python_runs_on_the_demo(runs):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
     exec(code, names)
-    assert names["recon"].shape == (1, 3, 32, 32) and names["images"].shape == (2, 32, 32, 3)
+    assert names["reconstructions"].shape == (2, 3, 32, 32) and names["images"].shape == (2, 32, 32, 3)
 
 
 def test_readme_commands_have_flags_that_exist(tmp_path, monkeypatch):

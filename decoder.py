@@ -77,7 +77,7 @@ class Decoder(nn.Module):
                            mlp=mlp, mean=list(mean), std=list(std))
         self.latent_shape, self.image_size, self.patch = (latent_dim, grid, grid), grid * patch, patch
         self.checkpointing = False  # recompute the blocks in backward: less memory, about a third more time
-        # Initialised by torch's defaults, and zeros for CLS: the authors' code has no initialisation of its own.
+        # PyTorch's own initialisation, as in the authors' code; CLS is zero.
         self.embed = nn.Linear(latent_dim, width)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList([Block(width, heads, mlp) for _ in range(depth)])
@@ -91,8 +91,7 @@ class Decoder(nn.Module):
     def forward(self, z, return_hidden=False):
         """Images, float32; with return_hidden, also the last layer's input h (B, N, D).
 
-        The adaptive GAN weight needs h: a loss with gradient g (B, 3, H p, W p) at the images has the gradient
-        patchify(g * std)^T h at the last layer's weight.
+        The adaptive GAN weight of stage 1 needs h.
         Raises ValueError for latents of another shape than (B, C, H, W) of this decoder.
         """
         if z.shape[1:] != self.latent_shape:
@@ -155,7 +154,7 @@ def from_published(state):
 def load_decoder(path, pixels=None):
     """Read a decoder: {"config": arguments of `Decoder`, "model": weights, ...}, or a published state dict.
 
-    pixels: {"mean", "std"} of the encoder, three values each, for a file that does not tell its own.
+    pixels: {"mean", "std"} of the encoder, three values each, for a file without them.
     Returns (decoder on the CPU, in eval mode, without gradients; info). info has what else the file holds of "encoder"
     (its name, image size, pixel mean and std), "tau" (scale of the noise in training) and "epoch".
     Raises ValueError, in one line, for a file that is missing, damaged or no decoder.

@@ -35,15 +35,14 @@ SIZES["DiT-DH-tiny"] = dict(width=96, depth=3, heads=4, head_width=160, head_dep
 # The model
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in float32 whatever the autocast dtype."""
 
     def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        super().__init__(dim, eps=1e-6)
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6).type_as(x)
+        return super().forward(x.float()).type_as(x)
 
 
 def rope_2d(grid, d, theta=10000.0):
@@ -70,7 +69,7 @@ def attention(q, k, v):
 
     The fused kernel is the faster one in bfloat16 on CUDA and in float32 on the CPU. In float32 on CUDA only its
     memory-efficient form applies, at three TF32 products for one; in bfloat16 on the CPU it is several times slower.
-    The plain form scales q first: Inductor turns a scaled q k^T back into the fused kernel.
+    The plain form scales q, not q k^T, which Inductor would turn back into the fused kernel.
     """
     if (q.device.type, q.dtype) in [("cuda", torch.bfloat16), ("cpu", torch.float32)]:
         return F.scaled_dot_product_attention(q, k, v)

@@ -4,8 +4,8 @@ Paper: "Diffusion Transformers with Representation Autoencoders", arXiv 2510.116
 Notation: B batch, C latent (token) channels, H x W latent grid, S image side in pixels.
 Images are uint8 (B, 3, S, S) from the loader and float in [0, 1] for the encoder.
 
-The last section is what the scripts of this project share: flags, processes, checkpoints, the log, signals. Whoever
-copies this file alone deletes it. The file needs torch, numpy, timm, Pillow and, for that section, tqdm.
+The last section is what the scripts of this project share; delete it where you copy this file alone. The file needs
+torch, numpy, timm, Pillow and, for that section, tqdm.
 """
 
 import argparse
@@ -165,46 +165,44 @@ SHAPES = {  # name -> (outline, hole or None), in units of the radius, y downwar
 }
 
 
-class Shapes:
-    """An endless toy data set without files: image i of `seed` is one bright shape on a dark gradient.
+@functools.cache  # drawing takes longer than all that follows
+def draw_shape(index, size, seed):
+    """Image `index` of the shapes -> (PIL image, label): one bright shape on a dark gradient."""
+    rng = np.random.default_rng((seed, index))
+    label = index % len(SHAPES)
+    fine = 4 * size  # drawn four times as fine, then averaged
+    radius, turn = rng.uniform(0.32, 0.42), rng.uniform(-0.2, 0.2)
+    center = 0.5 + rng.uniform(-0.05, 0.05, 2)
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    mask = Image.new("L", (fine, fine))
+    for outline, value in zip(list(SHAPES.values())[label], (255, 0), strict=True):
+        if outline is not None:
+            points = (center + radius * outline @ rotation) * fine
+            ImageDraw.Draw(mask).polygon([tuple(point) for point in points], fill=value)
+    mask = np.asarray(mask.resize((size, size), Image.BOX))[..., None] / 255  # (S, S, 1)
 
-    Class, hue, place, size, rotation and background are a function of (seed, i) alone.
-    """
+    color = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.65, 1), rng.uniform(0.8, 1)))
+    dark = rng.uniform(5, 75, (2, 3))
+    direction = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:size, :size] / (size - 1) - 0.5
+    ramp = np.clip(x * np.cos(direction) + y * np.sin(direction) + 0.5, 0, 1)[..., None]
+    background = dark[0] + ramp * (dark[1] - dark[0])
+    return Image.fromarray((background + mask * (color - background)).round().astype(np.uint8)), label
+
+
+class Shapes:
+    """A toy data set without files. Image i is a function of (seed, i): class, hue, place, rotation, background."""
 
     root, classes = "shapes", list(SHAPES)
 
     def __init__(self, count, size, seed=0):
-        self.count, self.size, self.seed, self.drawn = count, size, seed, {}
+        self.count, self.size, self.seed = count, size, seed
 
     def __len__(self):
         return self.count
 
     def open(self, index):
-        if index not in self.drawn:  # once: drawing takes longer than all that follows
-            self.drawn[index] = self.draw(index)
-        return self.drawn[index]
-
-    def draw(self, index):
-        rng = np.random.default_rng((self.seed, index))
-        label = index % len(self.classes)
-        size, fine = self.size, 4 * self.size  # drawn four times as fine, then averaged
-        radius, turn = rng.uniform(0.32, 0.42), rng.uniform(-0.2, 0.2)
-        center = 0.5 + rng.uniform(-0.05, 0.05, 2)
-        rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-        mask = Image.new("L", (fine, fine))
-        for outline, value in zip(SHAPES[self.classes[label]], (255, 0), strict=True):
-            if outline is not None:
-                points = (center + radius * outline @ rotation) * fine
-                ImageDraw.Draw(mask).polygon([tuple(point) for point in points], fill=value)
-        mask = np.asarray(mask.resize((size, size), Image.BOX))[..., None] / 255  # (S, S, 1)
-
-        color = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.65, 1), rng.uniform(0.8, 1)))
-        dark = rng.uniform(5, 75, (2, 3))
-        direction = rng.uniform(0, 2 * np.pi)
-        y, x = np.mgrid[:size, :size] / (size - 1) - 0.5
-        ramp = np.clip(x * np.cos(direction) + y * np.sin(direction) + 0.5, 0, 1)[..., None]
-        background = dark[0] + ramp * (dark[1] - dark[0])
-        return Image.fromarray((background + mask * (color - background)).round().astype(np.uint8)), label
+        return draw_shape(index, self.size, self.seed)
 
 
 def image_source(data, size):
@@ -278,7 +276,7 @@ def training_batches(count, batch, micro_batch, steps, seed, rank=0, world_size=
 
 
 def default_workers():
-    """Loader processes for one GPU: its share of the cores that we may use, but one, at most 12; none on Windows."""
+    """Loader processes for one GPU: its share of the usable cores, minus one, at most 12; none on Windows."""
     if not hasattr(os, "fork"):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
@@ -306,7 +304,7 @@ def evaluation_batches(source, indices, size, batch, workers, device):
     images = Images(source, lambda image, rng: center_crop(image, size))
     parts = [[(i, i) for i in indices[first : first + batch]] for first in range(0, len(indices), batch)]
     for pixels, *_ in make_loader(images, parts, workers, device):
-        if not images.unreadable.any():  # else only look for the others, to name all of them
+        if not images.unreadable.any():  # after the first of them, go on only to name them all
             yield pixels
     if broken := int(images.unreadable.sum()):
         raise ValueError(f"{broken} images in {source.root} cannot be read, see above: repair or remove them")
@@ -326,7 +324,7 @@ ENCODERS = {  # name -> timm model. Channels C, published rFID-50k of ViT-XL dec
     "siglip2-l": "vit_large_patch16_siglip_256.v2_webli",  # 1024
     "siglip2-so400m": "vit_so400m_patch16_siglip_256.v2_webli",  # 1152
     "mae-b": "vit_base_patch16_224.mae",  # 768, 0.16
-    "random-tiny": "vit_tiny_patch16_224",  # 128; the demo's, with random weights from a fixed seed: it knows nothing
+    "random-tiny": "vit_tiny_patch16_224",  # 128; the demo's, with random weights from a fixed seed
 }
 
 
@@ -410,8 +408,8 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        if not images.is_floating_point():
-            raise ValueError(f"the encoder takes float images in [0, 1], not {images.dtype}: divide by 255")
+        if not images.is_floating_point() or images.shape[-1] != images.shape[-2]:
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: give float (B, 3, S, S) in [0, 1]")
         if images.shape[-1] > self.image_size:  # decoder upsampling: reduce antialiased, as stage 2's centre crops are
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True)
             images = images.clamp(0, 1)
@@ -503,7 +501,7 @@ def load_stats(path, shape):
 
 # =====================================================================================================================
 # What the scripts of this project share, to the end of the file: flags, processes, checkpoints, the log, signals.
-# Whoever copies this file alone deletes it.
+# Delete this section where you copy this file alone.
 # =====================================================================================================================
 
 
@@ -564,6 +562,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if value == "":  # as from a variable that the shell does not know
                 self.error(f"--{name.replace('_', '-')} is empty: give a value or leave the flag out")
+        if "data" in args and args.data is None:
+            self.error("--data is missing: give a folder of images, or `shapes`")
         args.out = args.out and Path(args.out)
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if args.device == "cuda" and not torch.cuda.is_available():
@@ -611,10 +611,10 @@ def one_line_refusals(parser):
         # A loader's process puts its traceback into the message.
         frames = [frame.filename for frame in extract_tb(error.__traceback__)]
         frames += re.findall(r'  File "(.+?)"', str(error))
-        if Path(frames[-1]).parent != Path(__file__).parent:
+        if Path(frames[-1]).resolve() not in {path.resolve() for path in Path(__file__).parent.glob("*.py")}:
             raise
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-    if message:  # here, since the traceback would keep the loader's processes alive
+    if message:  # outside of the except clause, whose traceback keeps the loader's processes alive
         parser.error(message)
 
 
@@ -649,12 +649,11 @@ def compile_blocks(*models):
     torch._dynamo.config.optimize_ddp = False  # it would cut each block at the bounds of DDP's buckets
     for model in models:
         for block in model.blocks:
-            block.compile(dynamic=False)  # one graph for each shape; a dynamic one is slower and would serve them all
+            block.compile(dynamic=False)  # a graph for each shape is faster than one for all
 
 
 def distribute(model, device):
-    """DDP around the model where there are several processes. Train through it; the model inside is for forwards alone.
-    """
+    """DDP around the model where there are several processes. Forwards that train go through it."""
     if not dist.is_initialized():
         return model
     device_ids = [device.index] if device.type == "cuda" else None
@@ -667,14 +666,14 @@ def make_ema(model, decay):
     """timm's moving average of the weights, frozen and in eval mode. update(model, step) counts steps from 1.
 
     The decay at step n is min(decay, (n - 1) / (n + 8)), so that the first steps replace the initial weights. At a
-    constant 0.9978 a run of 100 steps would keep 81 % of them.
+    constant 0.9978 a run of 100 steps would keep 80 % of them.
     """
     ema = ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
     return ema.requires_grad_(False)
 
 
 def agree(stopping, *values):
-    """A step's wait for the GPU: scalar tensors as floats, and whether any rank has been told to stop."""
+    """Scalar tensors as floats, and whether any rank has been told to stop: a step's one wait for the GPU."""
     stop = torch.full_like(values[0], bool(stopping))
     if dist.is_initialized():
         dist.all_reduce(stop, op=dist.ReduceOp.MAX)
@@ -706,7 +705,7 @@ class Plan:
                       f"{self.total} steps, {self.steps_per_epoch:.4g} an epoch")
 
     def interval(self, epochs, default):
-        """`epochs`; where they are not given the default, but at least 500 steps."""
+        """`epochs` if given, else the default, but at least 500 steps."""
         return max(default, 500 / self.steps_per_epoch) if epochs is None else epochs
 
     def due(self, done, epochs):
@@ -716,7 +715,7 @@ class Plan:
 
 
 def resume(args, kind, result, **data):
-    """What a run goes on from -> (last.pt of the folder --out or None, the record for its next last.pt, first step).
+    """Find where a run goes on -> (last.pt of the folder --out or None, the record for its next last.pt, first step).
 
     kind: the script; result: the name of its other checkpoint; data: what identifies the images.
     Raises ValueError for a folder that holds another run, naming what differs, and for a damaged last.pt.
@@ -740,7 +739,7 @@ def resume(args, kind, result, **data):
         if differ:
             raise ValueError(f"{args.out} holds a run with other settings ({'; '.join(differ)}): choose another --out, "
                              f"and --init {args.out / result} to go on from its weights")
-    elif (args.out / result).exists() and not (args.out / "last.pt.tmp").exists():  # it stays from a killed first save
+    elif (args.out / result).exists() and not (args.out / "last.pt.tmp").exists():  # left by a killed first save
         raise ValueError(f"{args.out} holds a {result} but no last.pt to resume from: choose another --out")
     if dist.is_initialized():
         starts = [None] * args.world_size
@@ -820,13 +819,6 @@ class Log:
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.bar.update()
 
-    @contextlib.contextmanager
-    def paused(self):
-        """The images per second leave out the time of what is done in here."""
-        began = time.perf_counter()
-        yield
-        self.time += time.perf_counter() - began
-
     def row(self, step, **numbers):
         sums = torch.stack(list(self.sums.values()))  # (names, 2)
         if dist.is_initialized():
@@ -868,10 +860,10 @@ def stop_by_signal(rank):
 
 
 def finish(args, done, stop, bad_in_a_row):
-    """The last words of a training loop. Exits with 1 where it gave up for want of a finite gradient."""
+    """The last words of a training loop. Exits with 1 where it gave up because the gradient stayed not finite."""
     if bad_in_a_row == GIVE_UP_AFTER:
         words = (f"stopped at step {done}: the gradient was not finite {GIVE_UP_AFTER} times in a row; "
-                 f"{args.out}/last.pt has the weights from before. Try --precision tf32, --qk-norm or a smaller --lr")
+                 f"{args.out}/last.pt has the weights from before. Try another --precision or a smaller --lr")
         sys.exit(words if args.rank == 0 else 1)
     if stop and args.rank == 0:
         print(f"stopped and saved at step {done}; the same command resumes", flush=True)

@@ -80,8 +80,8 @@ def resize_tensorflow1(x, size):
     return x
 
 
-def pool_anew(block, inputs, output, pool):
-    """Forward hook of timm's blocks: compute the pooling branch, their last channels, again from another pool."""
+def recompute_pool_branch(block, inputs, output, pool):
+    """Forward hook of timm's blocks: recompute the pooling branch, their last channels, with another pool."""
     pooled = block.branch_pool(pool(inputs[0], 3, 1, 1))
     return torch.cat([output[:, : -pooled.shape[1]], pooled], 1)
 
@@ -103,7 +103,7 @@ class InceptionV3(timm.models.InceptionV3):
             if name == "Mixed_7c":
                 pool = F.max_pool2d  # a slip of the 2015 graph that every published FID shares
             if hasattr(block, "branch_pool"):
-                block.register_forward_hook(functools.partial(pool_anew, pool=pool))
+                block.register_forward_hook(functools.partial(recompute_pool_branch, pool=pool))
 
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     @torch.no_grad()

@@ -13,7 +13,6 @@ The published checkpoints (nyu-visionx/RAE-collections) go through the same flag
 """
 
 import os
-import shutil
 import signal
 import sys
 import zipfile
@@ -36,7 +35,7 @@ FLAGS = [
     ("--dit",           str,      None,   None,   None,   "diffusion model (default: runs/<preset>/dit/dit.pt)"),
     ("--decoder",       str,      None,   None,   None,   "decoder (default: runs/<preset>/decoder/decoder.pt)"),
     ("--stats",         str,      None,   None,   None,   "latent statistics of a published diffusion model"),
-    ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", "encoder of published files; ours know"),
+    ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", "encoder, for files that do not name it"),
     ("--encoder-weights", str,    None,   None,   None,   "for --reconstruct: local file, instead of the download"),
     ("--classes",       [str],    None,   None,   None,   "classes by number or name (default: the first ten)"),
     ("--per-class",     count,    None,   None,   None,   "images of each class (default: 4; demo: 10; trajectory: 1)"),
@@ -47,7 +46,7 @@ FLAGS = [
     ("--guide",         str,      None,   None,   None,   "weaker diffusion model: AutoGuidance instead of CFG"),
     ("--interval",      [amount, amount], [0, 1], [0, 1], [0, 1], "lowest and highest time t that is guided"),
     ("--steps",         count,    50,     50,     25,     "Euler steps"),
-    ("--trajectory",    bool,     False,  False,  False,  "eight estimates x_t - t v a sample, from t = 1 to 0"),
+    ("--trajectory",    bool,     False,  False,  False,  "eight estimates of each clean image, from t = 1 to 0"),
     ("--reconstruct",   str,      None,   None,   None,   "photo or folder to encode and decode, instead of sampling"),
     ("--out",           str,      SAMPLES, SAMPLES, SAMPLES, ".png: a grid; .npz: uint8 (n, S, S, 3), for fid.py"),
     ("--overwrite",     bool,     False,  False,  False,  "replace an npz that exists"),
@@ -213,52 +212,49 @@ def reconstruct(args, device, autocast):
 # Files
 
 
-def write_npz(path, parts, shape):
-    """An npz of one array, arr_0 uint8 of this shape, from files of raw bytes, without holding it in memory."""
-    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-        for part in parts:
-            with open(part, "rb") as raw:
-                shutil.copyfileobj(raw, file, 2**24)
-
-
 def write_images(args, device, items, per_item, columns, side, pictures):
     """Write --out: `per_item` images of each of the `items`, uint8 (side, side, 3); a PNG grid has so many columns.
 
     pictures(indices) yields uint8 (n, side, side, 3), the images of the items with these indices, in order. Each rank
-    draws its share into a file of raw bytes; rank 0 joins the files of all ranks in order.
+    writes its share into one temporary npy; rank 0 makes --out of it.
     """
-    if args.out.suffix == ".png" and items * per_item > 10000:
-        raise ValueError(f"{items * per_item} images are too many for one picture: give --out an .npz")
+    shape = (items * per_item, side, side, 3)
+    if args.out.suffix == ".png" and shape[0] > 10000:
+        raise ValueError(f"{shape[0]} images are too many for one picture: give --out an .npz")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    parts = [Path(f"{args.out}.tmp{rank}") for rank in range(args.world_size)]
-    temporary = Path(f"{args.out}.tmp")
+    raw, temporary = Path(f"{args.out}.tmp.npy"), Path(f"{args.out}.tmp")
     mine = range(items * args.rank // args.world_size, items * (args.rank + 1) // args.world_size)
-    barrier = dict(device_ids=[device.index]) if device.type == "cuda" else {}
+
+    def wait():
+        if args.world_size > 1:
+            dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
     try:
-        with open(parts[args.rank], "wb") as file, torch.no_grad():
+        if args.rank == 0:
+            np.lib.format.open_memmap(raw, "w+", np.uint8, shape)
+        wait()
+        with open(raw, "r+b") as file, torch.no_grad():
+            file.seek((mine.start - items) * per_item * side * side * 3, os.SEEK_END)
             with tqdm(total=len(mine) * per_item, unit="image", disable=args.rank > 0) as bar:
                 for images in pictures(mine):
                     file.write(images.tobytes())
                     bar.update(len(images))
             file.flush()
             os.fsync(file.fileno())  # then other nodes see it
-        if args.world_size > 1:
-            dist.barrier(**barrier)
+        wait()
         if args.rank == 0:
-            shape = (items * per_item, side, side, 3)
             if args.out.suffix == ".npz":
-                write_npz(temporary, parts, shape)
+                with zipfile.ZipFile(temporary, "w") as archive:
+                    archive.write(raw, "arr_0.npy")
             else:
-                images = np.frombuffer(b"".join(part.read_bytes() for part in parts), np.uint8).reshape(shape)
-                image_grid(images, columns).save(temporary, "png")
+                image_grid(np.load(raw), columns).save(temporary, "png")
             os.replace(temporary, args.out)
             print(f"{shape[0]} images in {args.out}")
-        if args.world_size > 1:
-            dist.barrier(**barrier)
+        wait()
     finally:  # an interrupted run leaves no temporary file
-        parts[args.rank].unlink(missing_ok=True)
-        temporary.unlink(missing_ok=True)
+        if args.rank == 0:
+            raw.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def main(argv=None):

@@ -54,7 +54,7 @@ RECIPE = [
     ("--micro-batch",   count,    16,     4,      16,     "most images in one forward; for ViT-XL and 80 GB"),
     ("--lr",            positive, 2e-4,   2e-4,   2e-3,   "learning rate of both AdamWs, without weight decay"),
     ("--lr-end",        amount,   2e-5,   2e-5,   3e-5,   "learning rate at the end of the cosine"),
-    ("--warmup",        amount,   1.0,    1.0,    0.2,    "epochs of linear warm-up of either model"),
+    ("--warmup",        amount,   1.0,    1.0,    0.2,    "epochs of linear warm-up, of each model from its start"),
     ("--beta1",         share,    0.9,    0.9,    0.9,    "AdamW's beta1; the paper: 0.5"),
     ("--beta2",         share,    0.95,   0.95,   0.95,   "AdamW's beta2; the paper: 0.9"),
     ("--ema",           share,    0.9978, 0.9978, 0.99,   "decay of the weights' moving average"),
@@ -68,8 +68,6 @@ RECIPE = [
 def parse_args(argv):
     parser = make_parser(__doc__, RECIPE + RUN_FLAGS, argv)
     args = parser.parse_args(argv)
-    if args.data is None:
-        parser.error("--data is missing: give a folder of images, or `shapes`")
     args.out = args.out or Path("runs", args.preset, "decoder")
     args.encoder_size = args.encoder_size or args.size
     args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
@@ -188,8 +186,8 @@ def adaptive_weight(g_rec, g_gan, hidden, pixel_std):
     """Weight w of the GAN term (VQGAN, arXiv 2012.09841, equation 7), a scalar tensor in [0, 1e4] without gradient.
 
     w = ||G_rec|| / (||G_gan|| + 1e-6), where G is a loss's gradient at the weight of the decoder's last layer, the
-    linear map to pixels. With the loss's gradient g (B, 3, S, S) at the reconstruction, the layer's input `hidden`
-    (B, N, D) and the pixel std (1, 3, 1, 1), G = patchify(g std)^T hidden: no second backward is needed.
+    linear map to pixels. By the chain rule G = patchify(g std)^T hidden, with the loss's gradient g (B, 3, S, S) at the
+    reconstruction, the layer's input `hidden` (B, N, D) and the pixel std (1, 3, 1, 1): no second backward is needed.
     Over several processes G is the mean of theirs, so that all have the w of all images of the micro-batch.
     """
     hidden = hidden.detach().float().flatten(0, 1)  # (B N, D)
@@ -262,13 +260,6 @@ def draw(keys, shape, tau, generator):
 # Training
 
 
-def start_from(path, model, args):
-    """Copy the weights of --init into the model. Raises ValueError where they are of another model or encoder."""
-    trained, info = load_decoder(path, pixel_statistics(args.encoder))
-    check_init(path, info, args.encoder, trained.config, model.config, but=("mean", "std"))
-    model.load_state_dict(trained.state_dict())
-
-
 def train(args):
     device, autocast = set_up(args)
     say = functools.partial(print, flush=True) if args.rank == 0 else (lambda _: None)
@@ -291,7 +282,9 @@ def train(args):
     torch.manual_seed(args.seed)  # again: the decoder starts the same with and without a discriminator
     model = Decoder(latent_dim, grid, args.size // grid, **SIZES[args.model], **pixel_statistics(args.encoder))
     if args.init and not last:
-        start_from(args.init, model, args)
+        trained, info = load_decoder(args.init, pixel_statistics(args.encoder))
+        check_init(args.init, info, args.encoder, trained.config, model.config, but=("mean", "std"))
+        model.load_state_dict(trained.state_dict())
     model = model.to(device).train()
     model.checkpointing = args.checkpointing
     ema = make_ema(model, args.ema)
@@ -325,8 +318,8 @@ def train(args):
     say(f"{args.model}, patch {model.patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{plan.words}; learning rate rises for {args.warmup * plan.steps_per_epoch:.0f} steps; from step {start}")
     if discriminator:
-        few = ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""
-        say(f"discriminator from step {disc_start}, its loss from step {gan_start}{few}")
+        warning = ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""
+        say(f"discriminator from step {disc_start}, its loss from step {gan_start}{warning}")
 
     def checkpoint(done):
         last = dict(kind="train_decoder", args=recorded, step=done, model=model.state_dict(),
@@ -345,15 +338,14 @@ def train(args):
     for step in steps:
         train_disc = discriminator is not None and step >= disc_start
         use_gan = discriminator is not None and step >= gan_start
-        seen = []  # images, latents and draws for the discriminator's step, so that nothing is encoded twice
+        disc_inputs = []  # images, latents and draws for the discriminator's step, so that nothing is encoded twice
 
-        # The decoder learns from L1, LPIPS and a discriminator at rest: in eval mode its spectral norms stand still.
-        rates = dict(lr=lr_at(step, args, plan.steps_per_epoch))
-        optimizer.param_groups[0]["lr"] = rates["lr"]
+        # The decoder learns from L1, LPIPS and a discriminator in eval mode, whose spectral norms then stand still.
+        lr = optimizer.param_groups[0]["lr"] = lr_at(step, args, plan.steps_per_epoch)
         if discriminator:
             discriminator.eval()
         for micro in range(plan.accumulate):
-            ddp.require_backward_grad_sync = micro == plan.accumulate - 1  # the ranks' gradients meet at the last one
+            ddp.require_backward_grad_sync = micro == plan.accumulate - 1  # ranks exchange gradients in the last
             pixels, _, keys = next(batches)  # (B, 3, S, S) uint8, ..., (B,)
             real = pixels.to(device, non_blocking=True).float() / 255  # (B, 3, S, S) in [0, 1]
             noise, augment = draw(keys, encoder.latent_shape, args.tau, generator)  # (B, C, H, W), (3, B, 5)
@@ -363,11 +355,11 @@ def train(args):
                 gradient, losses = decoder_losses(
                     fake, real, lpips, args.lpips, discriminator if use_gan else None, args.gan, augment[0], hidden,
                     model.std)
-            # The adaptive weight needs both losses' gradients at the image; their sum goes on through the decoder here.
+            # The gradient of the total loss at the image goes on through the decoder.
             fake.backward(gradient * len(real) / plan.local_batch)
             log.add(**losses)
             if train_disc:
-                seen.append((real, z, augment[1], augment[2]))
+                disc_inputs.append((real, z, augment[1], augment[2]))
         norm = get_total_norm([p.grad for p in model.parameters()])  # nothing is clipped
         log.add(grad_norm=norm)
         norm, loss, stop = agree(stopping, norm, losses["l1"])
@@ -375,14 +367,14 @@ def train(args):
         if finite:  # else weights, moments and average stay as they are
             optimizer.step()
             ema.update(model, step + 1)
-        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP keeps them as views of its buckets: zero in place
+        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP's are views of its buckets: zero in place
 
         # The discriminator learns from fresh reconstructions of the updated decoder: without noise, in 8 bits.
         if train_disc:
-            rates["disc_lr"] = lr_at(step - disc_start, args, plan.steps_per_epoch)
-            disc_optimizer.param_groups[0]["lr"] = rates["disc_lr"]
+            # Its warm-up and its cosine, as long as the decoder's, begin where it does: training ends within them.
+            disc_lr = disc_optimizer.param_groups[0]["lr"] = lr_at(step - disc_start, args, plan.steps_per_epoch)
             discriminator.train()
-            for micro, (real, z, augment_fake, augment_real) in enumerate(seen):
+            for micro, (real, z, augment_fake, augment_real) in enumerate(disc_inputs):
                 ddp_disc.require_backward_grad_sync = micro == plan.accumulate - 1
                 with autocast:
                     with torch.no_grad():
@@ -392,9 +384,9 @@ def train(args):
                 disc = hinge_loss(real_logits, fake_logits)
                 (disc * len(real) / plan.local_batch).backward()
                 log.add(disc=disc, real=real_logits.mean(), fake=fake_logits.mean())
-            norm = get_total_norm([p.grad for p in discriminator.heads.parameters()])
-            log.add(disc_norm=norm)
-            if norm.isfinite():
+            disc_norm = get_total_norm([p.grad for p in discriminator.heads.parameters()])
+            log.add(disc_norm=disc_norm)
+            if disc_norm.isfinite():
                 disc_optimizer.step()
             else:
                 finite = False
@@ -405,15 +397,14 @@ def train(args):
         end = done == plan.total or stop or bad_in_a_row == GIVE_UP_AFTER
         log.step(loss)
         if done % plan.log_every == 0 or end:
-            log.row(done, **rates, skipped=skipped)
-        with log.paused():
-            if args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
-                with torch.no_grad(), autocast:
-                    decoded = to_uint8(ema.module(shown_z)).cpu()
-                grid = image_grid(torch.cat([shown.permute(0, 2, 3, 1), decoded]), len(shown))
-                grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
-            if args.rank == 0 and (plan.due(done, plan.save_every) or end):
-                checkpoint(done)  # after the preview: a run that goes on from here would not draw it
+            log.row(done, lr=lr, skipped=skipped, **dict(disc_lr=disc_lr) if train_disc else {})
+        if args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
+            with torch.no_grad(), autocast:
+                decoded = to_uint8(ema.module(shown_z)).cpu()
+            grid = image_grid(torch.cat([shown.permute(0, 2, 3, 1), decoded]), len(shown))
+            grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
+        if args.rank == 0 and (plan.due(done, plan.save_every) or end):
+            checkpoint(done)  # after the preview: a run that goes on from here would not draw it
         if end:
             break
     finish(args, done, stop, bad_in_a_row)

@@ -48,13 +48,13 @@ RECIPE = [
     ("--epochs",        positive, 80.0,   400.0,  9.0,    "length of training; the paper: also 800 at 256 px"),
     ("--batch",         count,    1024,   1024,   32,     "images in a step, over all processes"),
     ("--micro-batch",   count,    32,     8,      32,     "most images in one forward; for DiT-DH-XL and 80 GB"),
-    ("--lr",            positive, 2e-4,   2e-4,   3e-3,   "learning rate of AdamW (0.9, 0.95), no weight decay"),
+    ("--lr",            positive, 2e-4,   2e-4,   3e-3,   "learning rate of AdamW, betas (0.9, 0.95), no weight decay"),
     ("--lr-end",        amount,   2e-5,   2e-5,   1e-4,   "learning rate from --decay-end on"),
     ("--warmup",        amount,   0.0,    0.0,    0.4,    "epochs of linear warm-up"),
-    ("--decay-start",   amount,   40.0,   40.0,   None,   "epoch from which it falls (demo: a third of --epochs)"),
-    ("--decay-end",     amount,   800.0,  800.0,  None,   "epoch where the fall ends; paper: 800 (demo: --epochs)"),
-    ("--clip",          amount,   1.0,    1.0,    1.0,    "largest gradient norm; 0: no clipping"),
-    ("--ema",           share,    0.9995, 0.9995, 0.995,  "decay of the weights' moving average"),
+    ("--decay-start",   amount,   40.0,   40.0,   None,   "epoch where it begins to fall; plain DiT: never"),
+    ("--decay-end",     amount,   800.0,  800.0,  None,   "epoch where the fall ends; the paper: always 800"),
+    ("--clip",          amount,   1.0,    1.0,    1.0,    "largest gradient norm; 0: no clipping; plain DiT: 0"),
+    ("--ema",           share,    0.9995, 0.9995, 0.995,  "decay of the weights' average; plain DiT: 0.9999"),
     ("--label-dropout", share,    0.1,    0.1,    0.1,    "share of labels replaced by the null class"),
     ("--init",          str,      None,   None,   None,   "weights to start from; published ones need their --stats"),
     ("--stats",         str,      None,   None,   None,   "latent statistics (default: of --init, or measured)"),
@@ -76,8 +76,6 @@ def parse_args(argv):
     if "DH" not in args.model and args.preset != "demo":
         parser.set_defaults(**PLAIN_DIT)
         args = parser.parse_args(argv)
-    if args.data is None:
-        parser.error("--data is missing: give a folder of images, or `shapes`")
     args.out = args.out or Path("runs", args.preset, "dit")
     start, end = decay_epochs(args)
     if start > end:
@@ -94,7 +92,7 @@ def parse_args(argv):
 
 
 def decay_epochs(args):
-    """The epochs where the learning rate begins and ends to fall: by default the last two thirds of training."""
+    """The first and the last epoch of the learning rate's fall. None, the demo's: the last two thirds of training."""
     start, end = args.decay_start, args.decay_end
     return args.epochs / 3 if start is None else start, args.epochs if end is None else end
 
@@ -122,7 +120,8 @@ def draw(keys, labels, shape, null_class, label_dropout, generator):
         noise[i].normal_(generator=generator)
         normal[i].normal_(generator=generator)
         uniform[i].uniform_(generator=generator)
-    return normal[:, 0].sigmoid(), noise, labels.where(uniform[:, 0] >= label_dropout, null_class)
+    t = normal[:, 0].sigmoid()  # logit-normal(0, 1)
+    return t, noise, labels.where(uniform[:, 0] >= label_dropout, null_class)
 
 
 LOSS_BY_TIME = [f"loss_t{i / 5:.1f}" for i in range(5)]
@@ -135,7 +134,7 @@ def by_time(losses, t):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run starts from, and what it shows
+# What a run starts from: weights, statistics, the decoder for previews; its online FID
 
 
 def start_from(path, model, encoder):
@@ -153,25 +152,19 @@ def start_from(path, model, encoder):
 
 
 def load_preview_decoder(args, encoder):
-    """The decoder for previews and online FID, or None -> (decoder, the line that tells which).
+    """The decoder for previews and online FID: --decoder, else that of runs/<preset>/ where there is one, else None.
 
-    Raises ValueError for a --decoder of other latents; one that was only found is then left out.
+    Raises ValueError for a decoder of other latents.
     """
-    if args.preview_every == 0 and not args.fid_every:
-        return None, "no previews: --preview-every 0"
     path = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
-    if not args.decoder and not path.exists():
-        if args.fid_every:
-            raise ValueError(f"--fid-every needs a --decoder: there is no {path}")
-        return None, f"no previews: no --decoder was given, and there is no {path}"
+    if not args.fid_every and (args.preview_every == 0 or not args.decoder and not path.exists()):
+        return None
     decoder, info = load_decoder(path, pixel_statistics(args.encoder))
-    name = info["encoder"]["name"] if "encoder" in info else args.encoder
-    if (name, decoder.latent_shape) == (args.encoder, encoder.latent_shape):
-        return decoder, f"previews by {path}"
-    if args.decoder or args.fid_every:
-        raise ValueError(f"--decoder {path} decodes other latents than those of {args.encoder} at {args.size} px; to "
-                         "train without it: --preview-every 0")
-    return None, f"no previews: {path} decodes other latents than those of {args.encoder} at {args.size} px"
+    name = info.get("encoder", dict(name=args.encoder))["name"]
+    if (name, decoder.latent_shape) != (args.encoder, encoder.latent_shape):
+        raise ValueError(f"{path} decodes other latents than those of {args.encoder} at {args.size} px: give another "
+                         "--decoder, or --preview-every 0")
+    return decoder
 
 
 def measure_statistics(args, encoder, images, micro_batch, device):
@@ -181,14 +174,6 @@ def measure_statistics(args, encoder, images, micro_batch, device):
     chosen = [chosen[i : i + micro_batch] for i in range(0, len(chosen), micro_batch)]
     bar = tqdm(chosen, "latent statistics", disable=args.rank > 0)
     return latent_statistics(encoder, make_loader(images, bar, args.workers, device), device)
-
-
-def draw_samples(model, decoder, stats, shift, seed, indices, labels, steps=50):
-    """Images (n, H, W, 3) uint8, unguided; starting noise i is a function of (seed, i)."""
-    shape, device = stats["mean"].shape, stats["mean"].device
-    noise = sample_noise(seed, indices, shape).to(device)
-    x = sample(guided(model, torch.tensor(labels, device=device)), noise, steps, shift)
-    return to_uint8(decoder(denormalize(x, stats)))
 
 
 def online_fid(args, pictures, inception, reference, num_classes, batch, device):
@@ -232,11 +217,12 @@ def train(args):
         stats = load_stats(args.stats, shape)
     if args.init and not stats:
         raise ValueError(f"--init {args.init} has no latent statistics with it: give them with --stats")
-    decoder, previews = load_preview_decoder(args, encoder)
+    decoder = load_preview_decoder(args, encoder)
     if args.fid_every:
         reference, inception = load_statistics(args.fid_reference), load_inception(args.inception_weights, device)
     say(f"{source.root}: {len(source)} images, classes: {len(source.classes)} ({', '.join(source.classes[:5])})")
-    say(previews)
+    if decoder is None:
+        say("no previews: there is no decoder, or --preview-every is 0")
 
     # Compiled block by block, before DDP; the average stays eager.
     images = Images(source, functools.partial(center_crop_flip, size=args.size))
@@ -276,7 +262,10 @@ def train(args):
         save_checkpoint(files | {args.out / "last.pt": last})
 
     def pictures(indices, labels):
-        return draw_samples(ema.module, decoder, stats, shift, args.seed, indices, labels)
+        """Unguided samples of the average, uint8 (n, S, S, 3); sample i starts from the noise of (seed, i)."""
+        velocity = guided(ema.module, torch.tensor(labels, device=device))
+        x = sample(velocity, sample_noise(args.seed, indices, shape).to(device), shift=shift)
+        return to_uint8(decoder(denormalize(x, stats)))
 
     batches, steps = training_loader(images, args, plan, start, device)
     generator = torch.Generator(device)
@@ -286,7 +275,7 @@ def train(args):
     for step in steps:
         lr = optimizer.param_groups[0]["lr"] = lr_at(step, args, plan.steps_per_epoch)
         for micro in range(plan.accumulate):
-            ddp.require_backward_grad_sync = micro == plan.accumulate - 1  # the ranks' gradients meet at the last one
+            ddp.require_backward_grad_sync = micro == plan.accumulate - 1  # ranks exchange gradients in the last
             pixels, labels, keys = next(batches)  # (B, 3, S, S) uint8, (B,), (B,)
             pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             t, noise, labels = draw(keys, labels, shape, model.null_class, label_dropout, generator)
@@ -295,9 +284,9 @@ def train(args):
                 x = normalize(encoder(pixels.float() / 255), stats)  # (B, C, H, W)
                 # x_t = (1 - t) x + t noise; the loss is |v(x_t, t, labels) - (noise - x)|^2, averaged over each image
                 losses = flow_matching_loss(ddp, x, labels, t, noise)  # (B,)
-            (losses.sum() / plan.local_batch).backward()  # the mean over the ranks is that of the batch
+            (losses.sum() / plan.local_batch).backward()  # DDP averages over ranks: the gradient of the batch's mean
             log.add(loss=losses, **by_time(losses.detach(), t))
-        norm = clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        norm = clip_grad_norm_(model.parameters(), args.clip or math.inf)  # inf only measures
         log.add(grad_norm=norm)
         norm, loss, stop = agree(stopping, norm, losses.detach().mean())
         if math.isfinite(norm):
@@ -306,22 +295,21 @@ def train(args):
             bad_in_a_row = 0
         else:  # weights, moments and average stay as they are
             skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
-        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP keeps them as views of its buckets: zero in place
+        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP's are views of its buckets: zero in place
 
         done = step + 1
         end = done == plan.total or stop or bad_in_a_row == GIVE_UP_AFTER
         log.step(loss)
         if done % plan.log_every == 0 or end:
             log.row(done, lr=lr, skipped=skipped)
-        with log.paused():
-            if decoder and args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
-                grid = image_grid(pictures(range(16), [i * num_classes // 16 for i in range(16)]).cpu(), 8)
-                grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
-            if args.rank == 0 and (plan.due(done, plan.save_every) or plan.due(done, args.keep_every) or end):
-                checkpoint(done)  # after the preview: a run that goes on from here would not draw it
-            if args.fid_every and (plan.due(done, args.fid_every) or done == plan.total):
-                score = online_fid(args, pictures, inception, reference, num_classes, plan.micro_batch, device)
-                log.write(done, fid=score)
+        if decoder and args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
+            grid = image_grid(pictures(range(16), [i * num_classes // 16 for i in range(16)]).cpu(), 8)
+            grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
+        if args.fid_every and (plan.due(done, args.fid_every) or done == plan.total):
+            score = online_fid(args, pictures, inception, reference, num_classes, plan.micro_batch, device)
+            log.write(done, fid=score)
+        if args.rank == 0 and (plan.due(done, plan.save_every) or plan.due(done, args.keep_every) or end):
+            checkpoint(done)  # last: a run that goes on from here would neither draw nor measure again
         if end:
             break
     finish(args, done, stop, bad_in_a_row)

@@ -28,7 +28,7 @@ BARS = {"CNN": 0.98, "guided": 0.98, "unguided": 0.95}
 def draw_shapes(seed, count, size):
     """Real images as stage 2 sees them, half of them mirrored: (count, 3, S, S) in [0, 1], labels (count,)."""
     source = Shapes(count, size, seed)
-    items = [source.draw(i) for i in range(count)]
+    items = [source.open(i) for i in range(count)]
     rng = np.random.default_rng(seed)
     images = np.stack([np.asarray(center_crop_flip(image, size, rng)) for image, _ in items])
     return torch.from_numpy(images).permute(0, 3, 1, 2) / 255, torch.tensor([label for _, label in items])

@@ -1,7 +1,6 @@
 """sample.py through its command line: published and our own files, labels, trajectories, outputs, reconstruction."""
 
 import os
-import shutil
 import signal
 import zipfile
 from argparse import Namespace
@@ -359,13 +358,13 @@ def test_an_interrupted_run_leaves_no_file(how, moment, tmp_path, monkeypatch):
         monkeypatch.setattr(sample, "to_uint8", interrupt_the_second(sample.to_uint8))
     else:
         calls.append(0)
-        monkeypatch.setattr(sample.shutil, "copyfileobj", interrupt_the_second(shutil.copyfileobj))
+        monkeypatch.setattr(sample.zipfile.ZipFile, "write", interrupt_the_second(sample.zipfile.ZipFile.write))
     (tmp_path / "x.npz").write_text("what was there")
     arguments = [*PUBLISHED, "--num-samples", 6, "--batch", 2, "--overwrite"]
     with pytest.raises(SystemExit if how == "SIGTERM" else KeyboardInterrupt) as ended:
         run(tmp_path / "x.npz", *arguments)
     assert how != "SIGTERM" or ended.value.code == 143
-    assert len(calls) == 2 and "x.npz.tmp0" in calls[1] and ("x.npz.tmp" in calls[1]) == (moment == "joining")
+    assert len(calls) == 2 and "x.npz.tmp.npy" in calls[1] and ("x.npz.tmp" in calls[1]) == (moment == "joining")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
     assert (tmp_path / "x.npz").read_text() == "what was there"
 

@@ -501,7 +501,7 @@ def test_log_line_and_interval(base, tmp_path, capsys, monkeypatch):
             assert float(row[name]) == pytest.approx(np.mean([float(step[name]) for step in steps]), abs=1e-4)
     line, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert all(f" {word} " in line for word in ("epoch", "loss", "lr", "images_per_s")) and "left" not in last
-    assert line.endswith(" left 0:01:00"), "one step; the two before it took one minute each, and the pauses none"
+    assert line.endswith(" left 0:00:30"), "one step; the two before it took one minute together"
 
 
 def test_a_short_run_has_twenty_rows_and_one_checkpoint(hundred):
@@ -529,18 +529,20 @@ def test_checkpoints_are_an_epoch_but_at_least_500_steps_apart():
 
 @pytest.fixture
 def blank(monkeypatch):
-    """Previews are black: drawing them takes its time."""
-    monkeypatch.setattr(train_dit, "draw_samples", lambda *arguments: torch.zeros(16, 32, 32, 3, dtype=torch.uint8))
+    """Previews are of noise: sampling takes its time."""
+    monkeypatch.setattr(train_dit, "sample", lambda velocity, noise, shift: noise)
 
 
 def test_given_intervals_are_kept(tmp_path, saved, decoder_path, blank, monkeypatch):
     monkeypatch.setattr(train_dit, "load_statistics", lambda path: None)
     monkeypatch.setattr(train_dit, "load_inception", lambda weights, device: None)
-    monkeypatch.setattr(train_dit, "online_fid", lambda *arguments: 12.5)
+    before = []
+    monkeypatch.setattr(train_dit, "online_fid", lambda *arguments: before.append(len(saved)) or 12.5)
     flags = ["--save-every", 0.002, "--keep-every", 0.003, "--preview-every", 0.004, "--decoder", decoder_path]
     train(tmp_path / "out", *flags, "--fid-every", 0.005, "--fid-reference", "x.npz", steps=7)
     assert [row["step"] for row in rows(tmp_path / "out") if row["fid"] == "12.5"] == ["5", "7"]
     assert [files["last.pt"]["step"] for files in saved] == [2, 3, 4, 6, 7]
+    assert before == [3, 4], "the last FID comes before the last checkpoint: a finished run has it"
     assert [list(files) for files in saved] == [
         ["stat.pt", "dit.pt", *kept, "last.pt"] for kept in ([], ["dit-0.003.pt"], [], ["dit-0.006.pt"], [])]
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"preview-0.00.png", "preview-0.01.png"}
@@ -638,7 +640,7 @@ def test_previews_show_the_average_and_say_whose_decoder(tmp_path, decoder_path,
     out = tmp_path / "out"
     alive = make_alive(tmp_path / "init.pt")
     train(out, "--decoder", decoder_path, "--init", alive, steps=3)
-    assert f"previews by {decoder_path}\n" in capsys.readouterr().out
+    assert "no previews" not in capsys.readouterr().out
     assert {path.name for path in out.glob("*.png")} == {"preview-0.00.png"}
     model, info = dit.load_dit(out / "dit.pt")
     network, _ = decoder.load_decoder(decoder_path)
@@ -655,14 +657,14 @@ def test_previews_show_the_average_and_say_whose_decoder(tmp_path, decoder_path,
     assert not list((tmp_path / "none").glob("*.png"))
     capsys.readouterr()
     train(tmp_path / "without", steps=1)
-    assert "no previews: no --decoder was given, and there is no runs/demo/" in capsys.readouterr().out
+    assert "no previews: there is no decoder, or --preview-every is 0\n" in capsys.readouterr().out
     made = read(decoder_path)
     monkeypatch.chdir(tmp_path)
-    other = tmp_path / "runs" / "demo" / "decoder" / "decoder.pt"  # found, not given: left out
+    other = tmp_path / "runs" / "demo" / "decoder" / "decoder.pt"  # found, not given: refused, too
     other.parent.mkdir(parents=True)
     torch.save(made | dict(encoder=RECORD | dict(name="mae-b")), other)
-    train(tmp_path / "found", steps=1)
-    assert "decodes other latents than those of random-tiny at 32 px\n" in capsys.readouterr().out
+    line = refused(capsys, "--out", tmp_path / "found")
+    assert "runs/demo/decoder/decoder.pt decodes other latents" in line and line.endswith("or --preview-every 0")
 
 
 def test_decoders_of_other_latents_are_refused(tmp_path, decoder_path, capsys):

@@ -304,8 +304,7 @@ def evaluation_batches(source, indices, size, batch, workers, device):
     images = Images(source, lambda image, rng: center_crop(image, size))
     parts = [[(i, i) for i in indices[first : first + batch]] for first in range(0, len(indices), batch)]
     for pixels, *_ in make_loader(images, parts, workers, device):
-        if not images.unreadable.any():  # after the first of them, go on only to name them all
-            yield pixels
+        yield pixels
     if broken := int(images.unreadable.sum()):
         raise ValueError(f"{broken} images in {source.root} cannot be read, see above: repair or remove them")
 

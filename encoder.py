@@ -710,7 +710,7 @@ class Plan:
     def due(self, done, epochs):
         """Whether an interval of so many epochs ends when `done` steps are done; 0: never."""
         steps = epochs * self.steps_per_epoch
-        return steps > 0 and round(done / steps) > 0 and done == round(round(done / steps) * steps)
+        return steps > 0 and done == round(round(done / steps) * steps)
 
 
 def resume(args, kind, result, **data):

@@ -161,6 +161,8 @@ def test_encoder_is_frozen_and_seeded():
     torch.testing.assert_close(encoder(images.detach()[:1]), z[:1])
     with pytest.raises(ValueError, match=r"torch.uint8 \(2, 3, 32, 32\): give float \(B, 3, S, S\) in .0, 1."):
         encoder((images.detach() * 255).byte())
+    with pytest.raises(ValueError, match="give float .B, 3, S, S."):
+        encoder(images.detach()[..., :16])
 
 
 def test_larger_images_are_reduced_as_crops_are():

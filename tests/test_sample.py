@@ -75,7 +75,8 @@ def run(out, *arguments):
 
 def images(path, *arguments):
     run(path, *arguments)
-    with np.load(path) as file:
+    with np.load(path) as file, zipfile.ZipFile(path) as archive:
+        assert archive.infolist()[0].file_size == 128 + file["arr_0"].nbytes, "no image too many"
         return file["arr_0"]
 
 
@@ -322,6 +323,14 @@ def test_sample_i_is_the_same_for_any_batch_and_process_count(tmp_path):
         assert same(file["arr_0"], one)
     assert [path.name for path in two.parent.iterdir()] == ["x.npz"], "the parts of the processes are gone"
     assert f"7 images in {two}" in printed[0] and "images in" not in printed[1]
+
+
+def test_many_samples_are_compiled_on_a_gpu(monkeypatch):
+    for gpu, flags, compiled in [(True, ["--num-samples", "1000"], True), (True, ["--num-samples", "999"], False),
+                                 (True, [], False), (True, ["--compile"], True),
+                                 (False, ["--num-samples", "1000"], False)]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert sample.parse_args(["--out", "x.npz", *flags])[1].compile is compiled, (gpu, flags)
 
 
 def test_an_npz_is_whole_and_refused_or_replaced(tmp_path, capsys):

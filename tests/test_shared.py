@@ -222,7 +222,7 @@ def test_one_process_needs_no_group(environment, groups, monkeypatch):
         monkeypatch.setenv(name, value)
     args = settings(rank=None, world_size=None)
     device, _ = set_up(args)
-    assert (args.rank, args.world_size, device.type) == (0, 1, "cpu") and not groups
+    assert (args.rank, args.world_size, device.type, args.compile) == (0, 1, "cpu", False) and not groups
 
 
 def test_torchrun_s_processes_form_a_group_that_waits_for_two_hours(groups, monkeypatch):
@@ -235,7 +235,9 @@ def test_torchrun_s_processes_form_a_group_that_waits_for_two_hours(groups, monk
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "autocast", lambda *given, **named: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
-    device, _ = set_up(settings(device="cuda"))
+    args = settings(device="cuda")
+    device, _ = set_up(args)
+    assert args.compile is True
     two_hours = datetime.timedelta(hours=2)
     assert device == torch.device("cuda:1") and chosen == [device]
     assert groups == [(("gloo",), dict(timeout=two_hours, device_id=None)),

@@ -179,7 +179,7 @@ def test_demo_starts_the_discriminator_within_its_epochs():
 def plain_recipe(settings, start, steps):
     """The recipe again, written as simply as possible: losses on one graph, torch's plain AdamW, one batch.
 
-    Returns the decoder's, its average's and the heads' state after each step.
+    Returns the decoder's, its average's and the heads' state after each step, and the norms of both gradients.
     """
     encoder = Encoder("random-tiny", 16)
     lpips = train_decoder.LPIPS(settings["vgg_weights"], settings["lpips_weights"])
@@ -187,7 +187,7 @@ def plain_recipe(settings, start, steps):
     discriminator.heads.load_state_dict(start["discriminator"])
     decoder = Decoder(128, 2, 8, **SIZES["ViT-tiny"], mean=[0.5] * 3, std=[0.5] * 3)
     decoder.load_state_dict(start["model"])
-    average = {}
+    average, norms = {}, {}
     adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0, foreach=False)
     optimizer, disc_optimizer = adamw(decoder.parameters()), adamw(discriminator.heads.parameters())
     rates = types.SimpleNamespace(lr=1e-3, lr_end=3e-5, warmup=0.8, epochs=2)
@@ -213,6 +213,7 @@ def plain_recipe(settings, start, steps):
         optimizer.param_groups[0]["lr"] = train_decoder.lr_at(step, rates, 2.5)
         decoder.zero_grad()
         loss.backward()
+        norms["grad_norm"] = torch.cat([p.grad.flatten() for p in decoder.parameters()]).norm().item()
         optimizer.step()
         decay = min(0.25, step / (9 + step))
         for key, value in decoder.state_dict().items():
@@ -228,10 +229,11 @@ def plain_recipe(settings, start, steps):
             disc_optimizer.param_groups[0]["lr"] = train_decoder.lr_at(step - 1, rates, 2.5)
             discriminator.heads.zero_grad()
             (0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())).backward()
+            norms["disc_norm"] = torch.cat([p.grad.flatten() for p in discriminator.heads.parameters()]).norm().item()
             disc_optimizer.step()
         heads = {key: value.clone() for key, value in discriminator.heads.state_dict().items()}
         states.append(dict(model={key: value.clone() for key, value in decoder.state_dict().items()},
-                           ema=dict(average), discriminator=heads))
+                           ema=dict(average), discriminator=heads, norms=dict(norms)))
     return states
 
 
@@ -242,9 +244,12 @@ def assert_same_weights(a, b, start):
 
 def test_full_recipe_equals_it_written_plainly(one_process, full, initial):
     """Five steps: L1 + LPIPS alone, then with the discriminator training, then with its loss on the decoder."""
-    _, last = one_process
+    out, last = one_process
     assert last["step"] == 5 and last["skipped"] == 0
-    assert_same_weights(last, plain_recipe(full, initial, 5)[-1], initial)
+    states = plain_recipe(full, initial, 5)
+    assert_same_weights(last, states[-1], initial)
+    for row, state in zip(numbers(out), states, strict=True):
+        assert {name: row[name] for name in state["norms"]} == pytest.approx(state["norms"], rel=1e-3)
 
 
 def test_log_of_the_full_recipe(one_process):

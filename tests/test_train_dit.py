@@ -679,6 +679,7 @@ def test_decoders_of_other_latents_are_refused(tmp_path, decoder_path, capsys):
         line = refused(capsys, "--decoder", tmp_path / f"{name}.pt", "--out", tmp_path / "out")
         assert "decodes other latents than those of random-tiny at 32 px" in line
     assert not (tmp_path / "out").exists()
+    train(tmp_path / "out", "--decoder", tmp_path / "name.pt", "--preview-every", 0, steps=1)  # as it says
 
 
 def test_online_fid(tmp_path, decoder_path, inception_weights, monkeypatch):

@@ -45,12 +45,12 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.float()).type_as(x)
 
 
-def rope_2d(grid, d, theta=10000.0):
+def rope_2d(grid, d):
     """Rotary positions of a grid x grid image: cosines and sines (2, N, d/2) of one angle for each pair of channels.
 
     The first half of the pairs turns with the row, the second half with the column.
     """
-    frequencies = theta ** (-torch.arange(0, d // 2, 2, dtype=torch.float64) / (d // 2))  # (d/4,)
+    frequencies = 10000.0 ** (-torch.arange(0, d // 2, 2, dtype=torch.float64) / (d // 2))  # (d/4,)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # (grid, d/4)
     rows, columns = angles.repeat_interleave(grid, 0), angles.repeat(grid, 1)  # (N, d/4) each
     angles = torch.cat([rows, columns], 1).float()  # (N, d/2)
@@ -245,11 +245,11 @@ class DiT(nn.Module):
             raise ValueError(f"latents {tuple(x.shape)} are not (B, C, H, W) with this model's {self.latent_shape}")
         t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
         y_emb = self.y_embedder.embedding_table(y)[:, None]  # (B, 1, D)
-        if self.has_head:
+        if self.has_head:  # section 5: the trunk turns x_t, t and y into s; the wide head turns x_t, t and s into v
             c = F.silu(t_emb + y_emb)  # (B, 1, D); each adaLN applies its own SiLU too, as in the released code
             s = self.s_embedder(x) + self.pos_embed  # (B, N, D)
             s = self.run(self.blocks[: self.depth], s, c, self.rope)  # (B, N, D)
-            c = self.s_projector(F.silu(t_emb + s))  # (B, N, D_head)
+            c = self.s_projector(F.silu(t_emb + s))  # (B, N, D_head); modulates each token by itself
             x = self.x_embedder(x).float()  # (B, N, D_head); the residual stream stays in float32
             x = self.run(self.blocks[self.depth :], x, c, self.head_rope)  # (B, N, D_head)
         else:

@@ -530,7 +530,7 @@ PRECISION = ("float32", "tf32", "bf16")
 ON_OFF = argparse.BooleanOptionalAction  # --compile and --no-compile
 RUN_FLAGS = [
     # flag             type      256 px  512 px  demo    meaning
-    ("--out",           str,      None,   None,   None,   "folder for all that is written (default: runs/<preset>/)"),
+    ("--out",           str,      None,   None,   None,   "folder for what is written (default: in runs/<preset>/)"),
     ("--device",        ("cuda", "cpu"), None, None, None, "device (default: cuda where there is one)"),
     ("--workers",       natural,  None,   None,   None,   "loader processes for each GPU (default: by the cores)"),
     ("--precision",     PRECISION, "tf32", "tf32", "tf32", "precision of matrix products; on a CPU tf32 is float32"),
@@ -601,7 +601,7 @@ def one_line_refusals(parser):
     Bad input is a ValueError that one of our own files raises, in a process of the loader too. Everything else keeps
     its traceback.
     """
-    message = None
+    message, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
         if dist.is_initialized():  # not after a failure: a rank that fails alone must not wait for the others
@@ -613,6 +613,9 @@ def one_line_refusals(parser):
         if Path(frames[-1]).resolve() not in {path.resolve() for path in Path(__file__).parent.glob("*.py")}:
             raise
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if message:  # outside of the except clause, whose traceback keeps the loader's processes alive
         parser.error(message)
 
@@ -786,7 +789,8 @@ class Log:
     """log.csv, the lines on the terminal and the progress bar, of rank 0.
 
     add() takes tensors and keeps their sums on the device. row() writes their means since the last row, over steps and
-    ranks; what is not finite is left out of them. Rows of steps after `start`, which are done again, are dropped.
+    ranks; what is not finite is left out of them. Images per second and the time left count previews and saves. Rows of
+    steps after `start`, which are done again, are dropped.
     """
 
     def __init__(self, args, plan, columns, start, device):

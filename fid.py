@@ -526,8 +526,8 @@ def parse_args(argv):
     add("reference", metavar="REFERENCE", help="folder of images, or npz of images and/or statistics")
     add("samples", metavar="SAMPLES", nargs="?", help="the other set, likewise; may be left out with --save-stats")
     add("--paired", action="store_true", help="compare image i with image i: rFID, PSNR, SSIM, LPIPS (default: sets)")
-    add("--features", choices=["inception", "dinov2"], default="inception", help="dinov2 gives FD-DINOv2 alone "
-        "(default: %(default)s)")
+    add("--features", choices=["inception", "dinov2"], default="inception", help="dinov2: FD-DINOv2 "
+        "in place of Inception's scores (default: %(default)s)")
     add("--size", type=positive, metavar="PIXELS", help="side of the square to which a folder's images are cropped "
         "(default: the size of the other set, else 256)")
     add("--batch", type=positive, default=64, help="images per forward pass (default: %(default)s)")
@@ -549,7 +549,7 @@ def main(argv=None):
     try:
         scores = run(args)
     except (ValueError, zipfile.BadZipFile) as error:
-        parser.error(error)
+        parser.error(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))  # of a loader's process, too
     for name, score in scores.items():
         print(f"{name:<10}{score:.4f}")
 

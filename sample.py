@@ -52,7 +52,7 @@ FLAGS = [
     ("--overwrite",     bool,     False,  False,  False,  "replace an npz that exists"),
     ("--batch",         count,    32,     8,      100,    "images at a time in each process"),
     ("--seed",          natural,  0,      0,      0,      "seed of the starting noise"),
-    ("--compile",       ON_OFF,   None,   None,   None,   "torch.compile (default: on CUDA for 1,000 samples or more)"),
+    ("--compile",       ON_OFF,   None,   None,   None,   "torch.compile (default: on CUDA from --num-samples 1000)"),
 ]
 FLAGS += [row for row in RUN_FLAGS if row[0] in ("--precision", "--workers", "--device")]
 

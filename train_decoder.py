@@ -38,7 +38,7 @@ RECIPE = [
     # flag             type      256 px  512 px  demo    meaning, and what the paper has
     ("--data",          str,      None,   None,   "shapes", "folder of images; or `shapes`, drawn on the fly"),
     ("--size",          count,    256,    512,    32,     "image side in pixels, as decoded"),
-    ("--resize",        count,    None,   None,   32,     "shorter side before the random crop (default: 1.5 --size)"),
+    ("--resize",        count,    None,   None,   None,   "shorter side before the crop (default: 1.5 x --size)"),
     ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", ENCODER_HELP),
     ("--encoder-size",  count,    None,   None,   None,   "encoder's image side; 256 with --size 512: upsampling"),
     ("--encoder-weights", str,    None,   None,   None,   "local file, instead of the download"),

@@ -51,15 +51,15 @@ RECIPE = [
     ("--lr",            positive, 2e-4,   2e-4,   3e-3,   "learning rate of AdamW, betas (0.9, 0.95), no weight decay"),
     ("--lr-end",        amount,   2e-5,   2e-5,   1e-4,   "learning rate from --decay-end on"),
     ("--warmup",        amount,   0.0,    0.0,    0.4,    "epochs of linear warm-up"),
-    ("--decay-start",   amount,   40.0,   40.0,   None,   "epoch where it begins to fall; plain DiT: never"),
-    ("--decay-end",     amount,   800.0,  800.0,  None,   "epoch where the fall ends; the paper: always 800"),
+    ("--decay-start",   amount,   40.0,   40.0,   None,   "epoch where --lr begins to fall; plain DiT: never"),
+    ("--decay-end",     amount,   800.0,  800.0,  None,   "epoch where the fall ends; demo: both by --epochs"),
     ("--clip",          amount,   1.0,    1.0,    1.0,    "largest gradient norm; 0: no clipping; plain DiT: 0"),
     ("--ema",           share,    0.9995, 0.9995, 0.995,  "decay of the weights' average; plain DiT: 0.9999"),
     ("--label-dropout", share,    0.1,    0.1,    0.1,    "share of labels replaced by the null class"),
     ("--init",          str,      None,   None,   None,   "weights to start from; published ones need their --stats"),
     ("--stats",         str,      None,   None,   None,   "latent statistics (default: of --init, or measured)"),
     ("--stats-images",  count,    50000,  50000,  4000,   "images on which the statistics are measured"),
-    ("--decoder",       str,      None,   None,   None,   "decoder for previews (default: of runs/<preset>, if there)"),
+    ("--decoder",       str,      None,   None,   None,   "for previews and FID (default: of runs/<preset>, if there)"),
     ("--preview-every", amount,   None,   None,   None,   "epochs between previews; 0: none (default: 5, 500 steps)"),
     ("--keep-every",    amount,   0.0,    0.0,    0.0,    "epochs between copies dit-<epoch>.pt that stay; 0: none"),
     ("--fid-every",     amount,   0.0,    0.0,    0.0,    "epochs between online FIDs, unguided; 0: none"),
@@ -82,6 +82,9 @@ def parse_args(argv):
         parser.error(f"--decay-start {start:g} comes after --decay-end {end:g}")
     if bool(args.fid_every) != bool(args.fid_reference):
         parser.error("--fid-every EPOCHS and --fid-reference NPZ need each other")
+    found = Path("runs", args.preset, "decoder", "decoder.pt")
+    if args.fid_every and not args.decoder and not found.exists():
+        parser.error(f"--fid-every needs a --decoder: there is no {found}")
     if args.fid_num < 2:
         parser.error(f"--fid-num {args.fid_num}: a covariance needs at least 2 images")
     return parser, args
@@ -152,19 +155,20 @@ def start_from(path, model, encoder):
 
 
 def load_preview_decoder(args, encoder):
-    """The decoder for previews and online FID: --decoder, else that of runs/<preset>/ where there is one, else None.
+    """The decoder for previews and online FID: --decoder, else that of runs/<preset>/; None without either of them.
 
-    Raises ValueError for a decoder of other latents.
+    Raises ValueError for a --decoder of other latents.
     """
     path = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
     if not args.fid_every and (args.preview_every == 0 or not args.decoder and not path.exists()):
         return None
     decoder, info = load_decoder(path, pixel_statistics(args.encoder))
     name = info.get("encoder", dict(name=args.encoder))["name"]
-    if (name, decoder.latent_shape) != (args.encoder, encoder.latent_shape):
+    if (name, decoder.latent_shape) == (args.encoder, encoder.latent_shape):
+        return decoder
+    if args.decoder or args.fid_every:
         raise ValueError(f"{path} decodes other latents than those of {args.encoder} at {args.size} px: give another "
-                         "--decoder, or --preview-every 0")
-    return decoder
+                         "--decoder, or leave out previews by --preview-every 0 and --fid-every")
 
 
 def measure_statistics(args, encoder, images, micro_batch, device):
@@ -222,7 +226,7 @@ def train(args):
         reference, inception = load_statistics(args.fid_reference), load_inception(args.inception_weights, device)
     say(f"{source.root}: {len(source)} images, classes: {len(source.classes)} ({', '.join(source.classes[:5])})")
     if decoder is None:
-        say("no previews: there is no decoder, or --preview-every is 0")
+        say("no previews: there is no decoder for these latents, or --preview-every is 0")
 
     # Compiled block by block, before DDP; the average stays eager.
     images = Images(source, functools.partial(center_crop_flip, size=args.size))
@@ -289,15 +293,14 @@ def train(args):
         norm = clip_grad_norm_(model.parameters(), args.clip or math.inf)  # inf only measures
         log.add(grad_norm=norm)
         norm, loss, stop = agree(stopping, norm, losses.detach().mean())
-        if math.isfinite(norm):
+        finite = math.isfinite(norm)
+        if finite:  # else weights, moments and average stay as they are
             optimizer.step()
             ema.update(model, step + 1)
-            bad_in_a_row = 0
-        else:  # weights, moments and average stay as they are
-            skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
         optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP's are views of its buckets: zero in place
 
         done = step + 1
+        skipped, bad_in_a_row = skipped + (not finite), 0 if finite else bad_in_a_row + 1
         end = done == plan.total or stop or bad_in_a_row == GIVE_UP_AFTER
         log.step(loss)
         if done % plan.log_every == 0 or end:
@@ -305,11 +308,11 @@ def train(args):
         if decoder and args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
             grid = image_grid(pictures(range(16), [i * num_classes // 16 for i in range(16)]).cpu(), 8)
             grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
-        if args.fid_every and (plan.due(done, args.fid_every) or done == plan.total):
+        if args.rank == 0 and (plan.due(done, plan.save_every) or plan.due(done, args.keep_every) or end):
+            checkpoint(done)  # after the preview: a run that goes on from here would not draw it
+        if args.fid_every and (plan.due(done, args.fid_every) or done == plan.total):  # minutes: the step is saved
             score = online_fid(args, pictures, inception, reference, num_classes, plan.micro_batch, device)
             log.write(done, fid=score)
-        if args.rank == 0 and (plan.due(done, plan.save_every) or plan.due(done, args.keep_every) or end):
-            checkpoint(done)  # last: a run that goes on from here would neither draw nor measure again
         if end:
             break
     finish(args, done, stop, bad_in_a_row)

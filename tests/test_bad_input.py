@@ -243,7 +243,7 @@ train_dit
 --decoder decoder_vit.pt | decoder_vit.pt | random-tiny | --preview-every 0
 --decoder decoder_wide.pt | decoder_wide.pt | 32 px | --preview-every 0
 --fid-every 1 | --fid-reference
---fid-every 1 --fid-reference inception.npz | decoder.pt
+--fid-every 1 --fid-reference inception.npz | --decoder | decoder.pt
 --fid-every 1 --fid-reference inception.npz --decoder decoder_run/decoder.pt --fid-num 1 | --fid-num 1 | at least 2
 --fid-every 1 --fid-reference dinov2.npz --decoder decoder_run/decoder.pt | dinov2.npz | inception
 sample

@@ -562,6 +562,16 @@ def test_all_unreadable_files_are_named(world, capfd, workers, tiny):
     assert not (world / "new.npz").exists()
 
 
+def test_a_folder_of_broken_images_is_refused_in_one_line(tmp_path, capfd, tiny):
+    """By a process of the loader, whose traceback does not show."""
+    for path in make_images(tmp_path / "broken", 2).iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(SystemExit, match="2"):
+        fid.main([str(tmp_path / "broken"), *TINY, "--workers", "1", "--save-stats", str(tmp_path / "new.npz")])
+    lines = [line for line in capfd.readouterr().err.splitlines() if "%|" not in line]
+    assert len(lines) == 3 and "error: 100 images in a row could not be read" in lines[-1], lines
+
+
 @pytest.mark.parametrize("key, bad", (("mu", np.zeros(2047)), ("sigma_s", np.eye(2)), ("mu_s", np.zeros((2023, 1)))))
 def test_load_statistics_refuses_other_shapes(tmp_path, key, bad):
     eye = np.eye(2048, dtype=np.int8)

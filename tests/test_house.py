@@ -4,7 +4,6 @@ import ast
 import importlib
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -69,9 +68,8 @@ def test_files_import_where_unix_s_modules_and_calls_are_missing(monkeypatch):
     """As on Windows and macOS."""
     for module in ("fcntl", "resource", "pwd", "grp", "termios"):
         monkeypatch.setitem(sys.modules, module, None)  # its import fails
-    for call in ("fork", "pwrite", "sched_getaffinity"):
+    for call in ("fork", "setpgid", "sched_getaffinity"):
         monkeypatch.delattr(os, call, raising=False)
-    monkeypatch.delattr(signal, "sigwaitinfo", raising=False)
     for name in ROOMS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ROOMS:

@@ -537,7 +537,7 @@ RUN_FLAGS = [
     ("--compile",       ON_OFF,   None,   None,   None,   "torch.compile (default: on CUDA)"),
     ("--checkpointing", bool,     False,  False,  False,  "recompute activations in backward: less memory, slower"),
     ("--log-every",     count,    None,   None,   None,   "steps between rows of log.csv (default: 100, or 20 rows)"),
-    ("--save-every",    positive, None,   None,   None,   "epochs between checkpoints (default: 1, or 500 steps)"),
+    ("--save-every",    positive, None,   None,   None,   "epochs between checkpoints (default: 1, >= 500 steps)"),
     ("--seed",          natural,  0,      0,      0,      "seed of the weights and of everything that is drawn"),
 ]
 # Arguments of the trainers that may change when a run goes on in its folder.

@@ -58,7 +58,7 @@ RECIPE = [
     ("--beta1",         share,    0.9,    0.9,    0.9,    "AdamW's beta1; the paper: 0.5"),
     ("--beta2",         share,    0.95,   0.95,   0.95,   "AdamW's beta2; the paper: 0.9"),
     ("--ema",           share,    0.9978, 0.9978, 0.99,   "decay of the weights' moving average"),
-    ("--preview-every", amount,   None,   None,   None,   "epochs between previews; 0: none (default: 1, 500 steps)"),
+    ("--preview-every", amount,   None,   None,   None,   "epochs between previews, or 0 (default: 1, >= 500 steps)"),
     ("--vgg-weights",   str,      None,   None,   None,   "VGG16 of LPIPS: local file, instead of the download"),
     ("--lpips-weights", str,      None,   None,   None,   "heads of LPIPS: local file, instead of the download"),
     ("--dino-weights",  str,      None,   None,   None,   "the discriminator's DINO ViT-S/8: local file"),

@@ -60,7 +60,7 @@ RECIPE = [
     ("--stats",         str,      None,   None,   None,   "latent statistics (default: of --init, or measured)"),
     ("--stats-images",  count,    50000,  50000,  4000,   "images on which the statistics are measured"),
     ("--decoder",       str,      None,   None,   None,   "for previews and FID (default: of runs/<preset>, if there)"),
-    ("--preview-every", amount,   None,   None,   None,   "epochs between previews; 0: none (default: 5, 500 steps)"),
+    ("--preview-every", amount,   None,   None,   None,   "epochs between previews, or 0 (default: 5, >= 500 steps)"),
     ("--keep-every",    amount,   0.0,    0.0,    0.0,    "epochs between copies dit-<epoch>.pt that stay; 0: none"),
     ("--fid-every",     amount,   0.0,    0.0,    0.0,    "epochs between online FIDs, unguided; 0: none"),
     ("--fid-reference", str,      None,   None,   None,   "its reference: VIRTUAL_*.npz, or of fid.py --save-stats"),

@@ -568,8 +568,9 @@ def test_a_folder_of_broken_images_is_refused_in_one_line(tmp_path, capfd, tiny)
         path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(SystemExit, match="2"):
         fid.main([str(tmp_path / "broken"), *TINY, "--workers", "1", "--save-stats", str(tmp_path / "new.npz")])
-    lines = [line for line in capfd.readouterr().err.splitlines() if "%|" not in line]
-    assert len(lines) == 3 and "error: 100 images in a row could not be read" in lines[-1], lines
+    (line,) = [line for line in capfd.readouterr().err.splitlines()
+               if line.strip() and "%|" not in line and "cannot read " not in line]
+    assert "error: 100 images in a row could not be read" in line
 
 
 @pytest.mark.parametrize("key, bad", (("mu", np.zeros(2047)), ("sigma_s", np.eye(2)), ("mu_s", np.zeros((2023, 1)))))

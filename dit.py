@@ -374,7 +374,7 @@ def load_dit(path):
         file = torch.load(path, map_location="cpu", weights_only=True)
         state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
         config = config_from_state(state) if "pos_embed" in state else file["config"]
-        model = DiT(**config, allow_narrow=True)
+        model = DiT(**config, allow_narrow=True)  # it is trained already
         model.load_state_dict({k: v for k, v in state.items() if k != "pos_embed" and "feat_rope" not in k})
         optional = ("stats", "encoder", "shift", "label_dropout", "epoch", "classes")
         info = {key: file[key] for key in optional if key in file}

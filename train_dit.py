@@ -212,8 +212,8 @@ def train(args):
     num_classes = 0 if args.unconditional else len(source.classes)
     label_dropout = 1.0 if args.unconditional else args.label_dropout
     torch.manual_seed(args.seed)
-    model = DiT(*shape[:2], num_classes, **SIZES[args.model], qk_norm=args.qk_norm,
-                allow_narrow=args.allow_narrow)
+    model = DiT(*shape[:2], num_classes, **SIZES[args.model], qk_norm=args.qk_norm, allow_narrow=args.allow_narrow)
+    # Shift and statistics are those of the run that goes on, else of --init, else computed (below).
     origin = last or (start_from(args.init, model, args.encoder) if args.init else {})
     shift = origin.get("shift") or shift_for(shape, args.shift_base)
     stats = origin.get("stats")  # the weights of --init were trained on latents normalised with these

@@ -153,7 +153,11 @@ def raise_in(file, error):
 
 
 def test_bad_input_is_one_line_and_all_else_keeps_its_traceback(capsys):
-    parser = Parser(prog="script.py")
+    """And the handlers of signals are back, however the script ends."""
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    parser, before = Parser(prog="script.py"), handlers()
     for error, line in {
         ValueError("--lr is wrong"): "--lr is wrong",
         ValueError(f'Caught\n  File "torch/x.py"\n  File "{ROOT / "encoder.py"}"\nValueError: first\n'): "first",
@@ -163,14 +167,14 @@ def test_bad_input_is_one_line_and_all_else_keeps_its_traceback(capsys):
             raise_in(f"{ROOT}/tests/../dit.py", error)  # as Python has it after `python ../dit.py`
         printed = capsys.readouterr()
         assert not printed.out and printed.err.startswith("script.py: error: ") and printed.err.endswith(line + "\n")
-        assert printed.err.count("\n") == 1
+        assert printed.err.count("\n") == 1 and handlers() == before
     for error in (RuntimeError("CUDA out of memory"), OSError(28, "No space left"), FileNotFoundError("x"),
                   KeyError("x"), KeyboardInterrupt(), SystemExit("stopped"),
                   ValueError(f'File "{ROOT}/x.py"\n  File "torch/y.py"\n')):
         with pytest.raises(type(error)) as raised, one_line_refusals(parser):
             stop_by_signal(0)
             raise_in(ROOT / "dit.py", error)
-        assert raised.value is error and not capsys.readouterr().err
+        assert raised.value is error and not capsys.readouterr().err and handlers() == before
     with pytest.raises(ValueError, match="of another library"), one_line_refusals(parser):
         raise_in("numpy.py", ValueError("of another library"))
 

@@ -2,7 +2,7 @@
 
 Paper: "Diffusion Transformers with Representation Autoencoders", arXiv 2510.11690, section 3.
 Notation: B batch, C latent channels, H x W latent grid, N = H W tokens, D width, p patch, d width of an attention head.
-This file needs torch, numpy and Pillow only.
+This file needs torch, numpy and Pillow; for hf: paths huggingface_hub, for .safetensors files timm.
 """
 
 import numpy as np
@@ -17,6 +17,7 @@ SIZES = {
     "ViT-B": dict(width=768, depth=12, heads=12, mlp=3072),  # 86.2 M, 0.58
     "ViT-L": dict(width=1024, depth=24, heads=16, mlp=4096),  # 303.9 M, 0.50
     "ViT-XL": dict(width=1152, depth=28, heads=16, mlp=4096),  # 415.1 M, 0.49
+    "ViT-S": dict(width=384, depth=12, heads=6, mlp=1536),  # 21.9 M; for one small GPU, not the paper's
     "ViT-tiny": dict(width=128, depth=3, heads=4, mlp=512),  # demo
 }
 
@@ -127,15 +128,55 @@ def image_grid(images, columns, gap=2):
 # Checkpoints
 
 
-def from_published(state):
-    """A published state dict (Hugging Face's ViT key names) -> (arguments of `Decoder` but mean and std, our state)."""
+def read_checkpoint(path):
+    """Read a .pt or .safetensors file -> (what it holds, the state dict in it).
+
+    hf:OWNER/REPO/PATH is a file on the Hugging Face hub, fetched once into its cache. Of several state dicts the
+    average comes first. The prefixes that DDP and torch.compile put before every key are dropped.
+    """
+    if str(path).startswith("hf:"):
+        from huggingface_hub import hf_hub_download
+
+        if str(path).count("/") < 2:
+            raise ValueError("a file on the hub is hf:OWNER/REPO/PATH")
+        owner, repository, file_name = str(path).removeprefix("hf:").split("/", 2)
+        path = hf_hub_download(f"{owner}/{repository}", file_name)
+    if str(path).endswith(".safetensors"):
+        from timm.models import load_state_dict
+
+        file = load_state_dict(str(path))
+    else:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    if "settings" in file:
+        raise ValueError("it is a last.pt: give the decoder.pt or dit.pt beside it")
+    state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
+    for prefix in ("module.", "_orig_mod.", "module."):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return file, state
+
+
+def from_published(state, grid=16):
+    """A published state dict -> (arguments of `Decoder`, our state dict).
+
+    It has the key names of Hugging Face's ViT or of diffusers' AutoencoderRAE. It may be a whole autoencoder, of which
+    the decoder is taken. grid: the grid of latents, for diffusers' files, which don't tell it.
+    """
+    pixels = {ours: state[key].flatten().tolist() for key, ours in (("encoder_mean", "mean"), ("encoder_std", "std"))
+              if key in state}
+    if "decoder.decoder_embed.weight" in state:
+        state = {key.removeprefix("decoder."): x for key, x in state.items() if key.startswith("decoder.")}
+    diffusers = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value",
+                 "to_out.0": "output.dense"}
+    for theirs, name in diffusers.items():
+        state = {key.replace(f".attention.{theirs}.", f".attention.{name}."): x for key, x in state.items()}
     heads = {size["width"]: size["heads"] for size in SIZES.values()}  # no tensor tells their number
     width, latent_dim = state["decoder_embed.weight"].shape
     depth = sum(key.endswith("layernorm_before.weight") for key in state)
-    config = dict(latent_dim=latent_dim, width=width, depth=depth, heads=heads.get(width),
-                  grid=round((state["decoder_pos_embed"].shape[1] - 1) ** 0.5),
+    if "decoder_pos_embed" in state:
+        grid = round((state["decoder_pos_embed"].shape[1] - 1) ** 0.5)
+    config = dict(latent_dim=latent_dim, width=width, depth=depth, heads=heads.get(width), grid=grid,
                   patch=round((len(state["decoder_pred.bias"]) / 3) ** 0.5),
-                  mlp=len(state["decoder_layers.0.intermediate.dense.bias"]))
+                  mlp=len(state["decoder_layers.0.intermediate.dense.bias"]), **pixels)
     names = {"layernorm_before": "norm1", "layernorm_after": "norm2", "attention.output.dense": "proj",
              "intermediate.dense": "fc1", "output.dense": "fc2"}
     ours = {"cls": state["trainable_cls_token"]}
@@ -151,19 +192,19 @@ def from_published(state):
     return config, ours
 
 
-def load_decoder(path, pixels=None):
+def load_decoder(path, pixels=None, grid=16):
     """Read a decoder: {"config": arguments of `Decoder`, "model": weights, ...}, or a published state dict.
 
-    pixels: {"mean", "std"} of the encoder, three values each, for a file without them.
+    path: a file, or hf:OWNER/REPO/PATH on the Hugging Face hub. For a published file that does not tell them: pixels,
+    {"mean", "std"}, three values each, by which its output is scaled; grid, that of its latents.
     Returns (decoder on the CPU, in eval mode, without gradients; info). info has what else the file holds of "encoder"
-    (its name, image size, pixel mean and std), "tau" (scale of the noise in training) and "epoch".
+    (its name, image size, layers, pixel mean and std), "tau" (scale of the noise in training) and "epoch".
     Raises ValueError, in one line, for a file that is missing, damaged or no decoder.
     """
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
-        published = "decoder_embed.weight" in state
-        config, state = from_published(state) if published else (file["config"], state)
+        file, state = read_checkpoint(path)
+        published = any(key.endswith("decoder_embed.weight") for key in state)
+        config, state = from_published(state, grid) if published else (file["config"], state)
         if published and config["heads"] is None:
             raise ValueError(f"no known size is {config['width']} wide; known: {', '.join(SIZES)}")
         model = Decoder(**(pixels or {}) | config)
@@ -174,5 +215,5 @@ def load_decoder(path, pixels=None):
     except Exception as error:  # such files fail in many ways; the first sentence names the cause
         reason = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
         raise ValueError(f"cannot load {path} as a decoder ({reason}): give a decoder.pt of train_decoder.py or a "
-                         "published model.pt") from None
+                         "published decoder") from None
     return model.eval().requires_grad_(False), info

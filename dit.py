@@ -7,10 +7,11 @@ v = dx_t / dt = eps - x. x are latents normalised by `normalize`, eps ~ N(0, I).
 Notation: B batch, C latent (token) channels, H x W latent grid, N = H W tokens, D model width, d width of a head.
 
 Modules carry the names of the published checkpoints, so a state dict works here and in the authors' code alike.
-This file needs torch and numpy only.
+This file needs torch and numpy; for hf: paths huggingface_hub, for .safetensors files timm.
 """
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ SIZES = {
 }
 SIZES |= {name.replace("DiT", "DiT-DH"): size | dict(head_width=2048, head_depth=2, head_heads=16)
           for name, size in SIZES.items()}
-SIZES["DiT-DH-tiny"] = dict(width=96, depth=3, heads=4, head_width=160, head_depth=1, head_heads=4)  # demo
+# For one small GPU or a laptop, and for the demo; not the paper's.
+SIZES["DiT-DH-Ti"] = dict(width=192, depth=12, heads=3, head_width=768, head_depth=2, head_heads=12)  # 32.3 M
+SIZES["DiT-DH-tiny"] = dict(width=96, depth=3, heads=4, head_width=160, head_depth=1, head_heads=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,9 +70,10 @@ def rotate(x, rope):
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for q, k, v (B, heads, N, d) -> (B, heads, N, d).
 
-    The fused kernel is the faster one in bfloat16 on CUDA and in float32 on the CPU. In float32 on CUDA only its
-    memory-efficient form applies, at three TF32 products for one; in bfloat16 on the CPU it is several times slower.
-    The plain form scales q, not q k^T, which Inductor would turn back into the fused kernel.
+    The fused kernel serves bfloat16 on CUDA and float32 on the CPU. The plain form serves the rest: in float32 on CUDA
+    the fused kernel has no flash form, and its other form splits each product in three for TF32; in bfloat16 the CPU's
+    fused kernel was slower where it was tried. On CUDA neither choice has been measured here. The plain form scales q,
+    because Inductor would turn a scaled q k^T back into the fused kernel.
     """
     if (q.device.type, q.dtype) in [("cuda", torch.bfloat16), ("cpu", torch.float32)]:
         return F.scaled_dot_product_attention(q, k, v)
@@ -181,16 +185,15 @@ class DiT(nn.Module):
     the sum of the C - D smallest eigenvalues of Cov(eps - x), however deep the model is.
 
     Args: latent_dim C; grid H = W; num_classes: classes besides the null class, 0 for an unconditional model;
-    qk_norm: RMSNorm on queries and keys, advised for bf16 training; allow_narrow: build it against Theorem 1.
-    Raises ValueError for a model that is too narrow for its tokens.
+    qk_norm: RMSNorm on queries and keys, advised for bf16 training. Warns of a model that is narrower than its tokens.
     """
 
     def __init__(self, latent_dim=768, grid=16, num_classes=1000, width=1152, depth=28, heads=16,
-                 head_width=0, head_depth=0, head_heads=0, qk_norm=False, allow_narrow=False):
+                 head_width=0, head_depth=0, head_heads=0, qk_norm=False):
         super().__init__()
-        if (head_width or width) < latent_dim and not allow_narrow:
-            raise ValueError(f"a model of width {head_width or width} cannot represent velocities of {latent_dim}-wide "
-                             "tokens (Theorem 1 of the paper): use a DiT-DH, 2048 wide, or insist with --allow-narrow")
+        if (head_width or width) < latent_dim:
+            warnings.warn(f"a model of width {head_width or width} cannot represent velocities of {latent_dim}-wide "
+                          "tokens (Theorem 1 of the paper): prefer a DiT-DH, whose head is wide", stacklevel=2)
         self.config = dict(latent_dim=latent_dim, grid=grid, num_classes=num_classes, width=width, depth=depth,
                            heads=heads, head_width=head_width, head_depth=head_depth, head_heads=head_heads,
                            qk_norm=qk_norm)
@@ -228,7 +231,7 @@ class DiT(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def run(self, blocks, x, c, rope):
+    def run_blocks(self, blocks, x, c, rope):
         for block in blocks:
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, c, rope, use_reentrant=False, preserve_rng_state=False)  # no dropout
@@ -248,21 +251,21 @@ class DiT(nn.Module):
         if self.has_head:  # section 5: the trunk turns x_t, t and y into s; the wide head turns x_t, t and s into v
             c = F.silu(t_emb + y_emb)  # (B, 1, D); each adaLN applies its own SiLU too, as in the released code
             s = self.s_embedder(x) + self.pos_embed  # (B, N, D)
-            s = self.run(self.blocks[: self.depth], s, c, self.rope)  # (B, N, D)
+            s = self.run_blocks(self.blocks[: self.depth], s, c, self.rope)  # (B, N, D)
             c = self.s_projector(F.silu(t_emb + s))  # (B, N, D_head); modulates each token by itself
             x = self.x_embedder(x).float()  # (B, N, D_head); the residual stream stays in float32
-            x = self.run(self.blocks[self.depth :], x, c, self.head_rope)  # (B, N, D_head)
+            x = self.run_blocks(self.blocks[self.depth :], x, c, self.head_rope)  # (B, N, D_head)
         else:
             c = t_emb + y_emb  # (B, 1, D)
             x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-            x = self.run(self.blocks, x, c, self.rope)  # (B, N, D)
+            x = self.run_blocks(self.blocks, x, c, self.rope)  # (B, N, D)
         x = self.final_layer(x, c)  # (B, N, C)
         return x.mT.unflatten(2, self.latent_shape[1:])  # (B, C, H, W)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flow matching, in the order of a training step, and sampling. Training draws t = sigmoid(n), n ~ N(0, 1), for each
-# image by itself (`draw` in train_dit.py, seeded by the image's key) and then shifts it (section 4).
+# image (`draw` in train_dit.py) and then shifts it (section 4).
 
 
 def normalize(z, stats):
@@ -275,8 +278,8 @@ def denormalize(x, stats):
     return x * (stats["var"] + 1e-5).sqrt() + stats["mean"]
 
 
-def shift_for(latent_shape, base=4096):
-    """Strength a >= 1 of the time shift: sqrt(C H W / base) (section 4). With C = 768, 6.93 at 256 px, 13.86 at 512."""
+def shift_strength(latent_shape, base=4096):
+    """Strength a >= 1 of the time shift: sqrt(C H W / base) (section 4). For C = 768: 6.93 at 256 px, 13.86 at 512."""
     return max(1.0, math.sqrt(math.prod(latent_shape) / base))
 
 
@@ -301,8 +304,8 @@ def guided(model, y, scale=1.0, guide=None, interval=(0.0, 1.0)):
     """The velocity field v(x, t) that `sample` integrates: weak + scale (model - weak), for labels y (B,).
 
     The weak field is `guide`, a smaller or less trained model (AutoGuidance, arXiv 2406.02507); or, without one, the
-    same model with the null class (classifier-free guidance). Outside the closed interval of t, and with scale 1, the
-    weak field is not evaluated. The published numbers guide all t in [0, 1].
+    same model with the null class (classifier-free guidance). Outside the closed `interval` of t, and with scale 1, the
+    weak field is not evaluated. t is the shifted time, as the model gets it. The published numbers guide all of [0, 1].
     """
     weak, weak_y = (guide, y) if guide is not None else (model, torch.full_like(y, model.null_class))
 
@@ -345,6 +348,33 @@ def sample(velocity, noise, steps=50, shift=1.0, watch=None):
 # Checkpoints
 
 
+def read_checkpoint(path):
+    """Read a .pt or .safetensors file -> (what it holds, the state dict in it).
+
+    hf:OWNER/REPO/PATH is a file on the Hugging Face hub, fetched once into its cache. Of several state dicts the
+    average comes first. The prefixes that DDP and torch.compile put before every key are dropped.
+    """
+    if str(path).startswith("hf:"):
+        from huggingface_hub import hf_hub_download
+
+        if str(path).count("/") < 2:
+            raise ValueError("a file on the hub is hf:OWNER/REPO/PATH")
+        owner, repository, file_name = str(path).removeprefix("hf:").split("/", 2)
+        path = hf_hub_download(f"{owner}/{repository}", file_name)
+    if str(path).endswith(".safetensors"):
+        from timm.models import load_state_dict
+
+        file = load_state_dict(str(path))
+    else:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    if "settings" in file:
+        raise ValueError("it is a last.pt: give the decoder.pt or dit.pt beside it")
+    state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
+    for prefix in ("module.", "_orig_mod.", "module."):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return file, state
+
+
 def config_from_state(state):
     """The arguments of `DiT` for a published state dict. Shapes tell all but the head counts; those go by width."""
     heads = {size[f"{part}width"]: size[f"{part}heads"] for size in SIZES.values() for part in ("", "head_")
@@ -365,16 +395,15 @@ def config_from_state(state):
 def load_dit(path):
     """Read a diffusion model: {"config": arguments of `DiT`, "model": weights, ...}, or a published stage-2 state dict.
 
+    path: a file, or hf:OWNER/REPO/PATH on the Hugging Face hub.
     Returns (model on the CPU, in eval mode, without gradients; info). info has what else the file holds of "stats" (the
-    latent statistics {"mean", "var"}, (C, H, W) each), "encoder" (its name, image size, pixel mean and std), "shift"
-    (a of the time shift), "label_dropout", "epoch" and "classes" (their names).
+    latent statistics {"mean", "var"}, (C, H, W) each), "encoder" (its name, image size, layers, pixel mean and std),
+    "shift" (a of the time shift), "label_dropout", "epoch" and "classes" (their names).
     Raises ValueError, in one line, for a file that is missing, damaged or no diffusion model.
     """
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
-        config = config_from_state(state) if "pos_embed" in state else file["config"]
-        model = DiT(**config, allow_narrow=True)  # it is trained already
+        file, state = read_checkpoint(path)
+        model = DiT(**config_from_state(state) if "pos_embed" in state else file["config"])
         model.load_state_dict({k: v for k, v in state.items() if k != "pos_embed" and "feat_rope" not in k})
         optional = ("stats", "encoder", "shift", "label_dropout", "epoch", "classes")
         info = {key: file[key] for key in optional if key in file}
@@ -385,3 +414,27 @@ def load_dit(path):
         raise ValueError(f"cannot load {path} as a diffusion model ({reason}): give a dit.pt of train_dit.py or a "
                          "published stage2_model.pt") from None
     return model.eval().requires_grad_(False), info
+
+
+def load_stats(path, shape):
+    """Read latent statistics for latents of `shape` (C, H, W) -> {"mean", "var"}, (C, H, W) each.
+
+    path: a stat.pt, ours or published, whose mean may be None for 0; or the file of a diffusers decoder, which holds
+    the mean and sqrt(var + 1e-5); or either as hf:OWNER/REPO/PATH.
+    Raises ValueError, in one line, where there are none, or none that fit and make sense.
+    """
+    try:
+        file, _ = read_checkpoint(path)
+        if "_latents_std" in file:
+            file = {"mean": file["_latents_mean"], "var": (file["_latents_std"].square() - 1e-5).clamp(min=0)}
+        var = file["var"].float()
+        mean = torch.zeros_like(var) if file["mean"] is None else file["mean"].float()
+        if mean.shape != tuple(shape) or var.shape != tuple(shape):
+            raise ValueError(f"shape {tuple(var.shape)}, the model needs {tuple(shape)}")
+        if not (mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()):
+            raise ValueError("it has values that are not finite, or negative variances")
+    except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
+        raise ValueError(f"--stats {path} holds no latent statistics for this model ({reason}): give a stat.pt, ours "
+                         "or published") from None
+    return {"mean": mean, "var": var}

@@ -1,5 +1,6 @@
 """From checkpoints to images: sample, or reconstruct, into a PNG grid or an npz for fid.py.
 
+    python sample.py --published --classes 207 360 387 --out samples.png              # the authors' weights, 5.8 GB
     python sample.py --classes 207 360 --per-class 8 --out samples.png                # inputs from runs/imagenet256/
     python sample.py --dit dit.pt --decoder decoder.pt --guide weak.pt --scale 1.42   # AutoGuidance
     python sample.py --scale 2 --interval 0.1 0.9                                     # classifier-free guidance
@@ -9,9 +10,13 @@
     python sample.py --reconstruct photo.jpg --out recon.png                          # original beside reconstruction
 
 Paper: arXiv 2510.11690. Sample i is the same image for any batch size and any number of GPUs, up to float rounding.
-The published checkpoints (nyu-visionx/RAE-collections) go through the same flags; a bare diffusion model needs --stats.
+Each flag that takes a checkpoint takes a file, or hf:OWNER/REPO/PATH on the Hugging Face hub. A bare diffusion model
+needs its --stats.
 """
 
+import argparse
+import datetime
+import math
 import os
 import signal
 import sys
@@ -24,50 +29,75 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from decoder import image_grid, load_decoder, to_uint8
-from dit import denormalize, guided, load_dit, sample, sample_noise, shift_for
-from encoder import (ON_OFF, RUN_FLAGS, Encoder, amount, center_crop, compile_blocks, count, evaluation_batches,
-                     fill_up, image_source, load_stats, make_parser, natural, one_line_refusals, open_image,
-                     pixel_statistics, set_up)
+from dit import denormalize, guided, load_dit, load_stats, sample, sample_noise, shift_strength
+from encoder import (Encoder, center_crop, decoder_pixels, default_workers, evaluation_batches, fill_up, image_source,
+                     latents_of, open_image)
 
-SAMPLES = "samples.png"
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 FLAGS = [
-    # flag             type      256 px  512 px  demo    meaning
-    ("--dit",           str,      None,   None,   None,   "diffusion model (default: runs/<preset>/dit/dit.pt)"),
-    ("--decoder",       str,      None,   None,   None,   "decoder (default: runs/<preset>/decoder/decoder.pt)"),
-    ("--stats",         str,      None,   None,   None,   "latent statistics of a published diffusion model"),
-    ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", "encoder, for files that do not name it"),
-    ("--encoder-weights", str,    None,   None,   None,   "for --reconstruct: local file, instead of the download"),
-    ("--classes",       [str],    None,   None,   None,   "classes by number or name (default: the first ten)"),
-    ("--per-class",     count,    None,   None,   None,   "images of each class (default: 4; demo: 10; trajectory: 1)"),
+    # flag              ImageNet     demo           meaning
+    ("--published",     False,       False,         "the authors' models with their AutoGuidance, fetched once"),
+    ("--dit",           None,        None,          "diffusion model (default: runs/<preset>/dit/dit.pt)"),
+    ("--decoder",       None,        None,          "decoder (default: runs/<preset>/decoder/decoder.pt)"),
+    ("--stats",         None,        None,          "latent statistics of a bare diffusion model"),
+    ("--encoder",       "dinov2-b",  "random-tiny", "encoder, for files that do not name it"),
+    ("--layers",        [int],       [int],         "its layers, for files that do not name it"),
+    ("--encoder-weights", None,      None,          "for --reconstruct: local file, instead of the download"),
+    ("--classes",       [str],       [str],         "classes by name or number (default: the first ten)"),
+    ("--per-class",     4,           10,            "images of each class"),
     # not --num: torchrun takes that for an abbreviation of flags of its own
-    ("--num-samples",   count,    None,   None,   None,   "draw this many images instead, all classes in turn"),
-    ("--unconditional", bool,     False,  False,  False,  "draw without a class"),
-    ("--scale",         amount,   1.0,    1.0,    2.0,    "guidance scale; 1: none; the paper's --guide: 1.42, 1.5"),
-    ("--guide",         str,      None,   None,   None,   "weaker diffusion model: AutoGuidance instead of CFG"),
-    ("--interval",      [amount, amount], [0, 1], [0, 1], [0, 1], "lowest and highest time t that is guided"),
-    ("--steps",         count,    50,     50,     25,     "Euler steps"),
-    ("--trajectory",    bool,     False,  False,  False,  "eight estimates of each clean image, from t = 1 to 0"),
-    ("--reconstruct",   str,      None,   None,   None,   "photo or folder to encode and decode, instead of sampling"),
-    ("--out",           str,      SAMPLES, SAMPLES, SAMPLES, ".png: a grid; .npz: uint8 (n, S, S, 3), for fid.py"),
-    ("--overwrite",     bool,     False,  False,  False,  "replace an npz that exists"),
-    ("--batch",         count,    32,     8,      100,    "images at a time in each process"),
-    ("--seed",          natural,  0,      0,      0,      "seed of the starting noise"),
-    ("--compile",       ON_OFF,   None,   None,   None,   "torch.compile (default: on CUDA from --num-samples 1000)"),
+    ("--num-samples",   0,           0,             "draw so many images instead, all classes equally often, shuffled"),
+    ("--unconditional", False,       False,         "draw without a class"),
+    ("--scale",         1.0,         2.0,           "guidance scale; 1: none; the paper's --guide: 1.42, at 512 px 1.5"),
+    ("--guide",         None,        None,          "weaker diffusion model: AutoGuidance instead of CFG"),
+    ("--interval",      [0.0, 1.0],  [0.0, 1.0],    "lowest and highest (shifted) time t that is guided"),
+    ("--steps",         50,          25,            "Euler steps"),
+    ("--trajectory",    False,       False,         "eight estimates of each clean image, from t = 1 to 0"),
+    ("--reconstruct",   None,        None,          "photo or folder to encode and decode, instead of sampling"),
+    ("--out",           "samples.png", "samples.png", ".png: a grid; .npz: uint8 (n, S, S, 3), for fid.py"),
+    ("--overwrite",     False,       False,         "replace an npz that exists"),
+    ("--batch",         32,          100,           "images at a time in each process"),
+    ("--seed",          0,           0,             "seed of the starting noise and of the order of labels"),
+    ("--precision",     "tf32",      "tf32",        "of matrix products; on a CPU tf32 is float32", "tf32", "float32",
+                                                    "bf16"),
+    ("--compile",       "auto",      "auto",        "torch.compile; auto: on CUDA from --num-samples 1000", "auto", "on",
+                                                    "off"),
+    ("--device",        DEVICES[0],  DEVICES[0],    "device of this process", *DEVICES),
+    ("--workers",       default_workers(), 0,       "loader processes for each GPU; by default by the cores"),
 ]
-FLAGS += [row for row in RUN_FLAGS if row[0] in ("--precision", "--workers", "--device")]
+IMAGENET512 = {"--batch": 8}
+AUTHORS = "hf:nyu-visionx/RAE-collections"
+PUBLISHED = {
+    "imagenet256": dict(
+        dit=f"{AUTHORS}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt", scale=1.42,
+        guide=f"{AUTHORS}/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt",
+        decoder=f"{AUTHORS}/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
+        stats=f"{AUTHORS}/stats/dinov2/wReg_base/imagenet1k/stat.pt"),
+    "imagenet512": dict(
+        dit=f"{AUTHORS}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt", scale=1.5,
+        guide=f"{AUTHORS}/DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt",
+        decoder=f"{AUTHORS}/decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
+        stats=f"{AUTHORS}/stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
+}
 
 
 def parse_args(argv):
-    parser = make_parser(__doc__, FLAGS, argv)
+    parser = make_parser(__doc__, FLAGS, IMAGENET512, argv)
     args = parser.parse_args(argv)
+    if args.published:
+        if args.preset == "demo":
+            parser.error("--published: the authors have no demo, leave --preset out or give imagenet512")
+        parser.set_defaults(**PUBLISHED[args.preset])
+        args = parser.parse_args(argv)
+        args.guide = args.guide if args.scale != 1 else None
+    check_values(parser, args, {"per_class", "steps", "batch"})
     args.dit = args.dit or Path("runs", args.preset, "dit", "dit.pt")
     args.decoder = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
-    if args.compile is None:
-        args.compile = args.device == "cuda" and (args.num_samples or 0) >= 1000
+    args.out = Path(args.out)
     if not args.interval[0] <= args.interval[1] <= 1:
         parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give LOW <= HIGH <= 1")
-    if args.num_samples and (args.classes or args.per_class):
-        parser.error("--num-samples draws all classes in turn: leave --classes and --per-class out")
+    if args.classes and (args.num_samples or args.unconditional):
+        parser.error("--classes goes neither with --num-samples, which draws all classes, nor with --unconditional")
     if args.trajectory and (args.steps < 8 or args.reconstruct):
         parser.error(f"--trajectory needs sampling in at least 8 steps, not --steps {args.steps} or --reconstruct")
     if args.out.suffix not in (".png", ".npz") or args.out.is_dir():
@@ -79,9 +109,74 @@ def parse_args(argv):
     if args.reconstruct and os.path.isfile(args.reconstruct):
         if args.out.suffix != ".png" or args.out.exists() and os.path.samefile(args.reconstruct, args.out):
             parser.error(f"--out {args.out}: give another .png for the photo and its reconstruction")
-    per_class = 10 if args.preset == "demo" else 4
-    args.per_class = args.per_class or (1 if args.trajectory else per_class)
     return parser, args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags, processes, compilation: as in the trainers, word for word
+
+
+def make_parser(description, table, imagenet512, argv):
+    """A parser with a flag for each row: (flag, default of the paper, of the demo, meaning, choices where limited).
+
+    A flag's type is its default's. --preset picks the defaults; imagenet512 has those that differ at 512 px.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=("imagenet256", "imagenet512", "demo"), default="imagenet256",
+                       help="the defaults: the paper's for ImageNet, or a small demo's (default: imagenet256)")
+    preset = first.parse_known_args(argv)[0].preset
+    parser = argparse.ArgumentParser(description=description.partition("\n\n")[0], usage="%(prog)s [--flag VALUE ...]",
+                                     parents=[first], allow_abbrev=False)
+    for flag, paper, demo, meaning, *choices in table:
+        default = demo if preset == "demo" else imagenet512.get(flag, paper) if preset == "imagenet512" else paper
+        how = dict(type=str if default is None else type(default), choices=choices or None)
+        if default is False:
+            how = dict(action="store_true")
+        elif isinstance(default, list):  # the values; [type] where there are none
+            kind, default = (default[0], []) if isinstance(default[0], type) else (type(default[0]), default)
+            how = dict(type=kind, nargs=len(default) or "+")
+        shown = "" if default is None or default is False or default == [] else f" (default: {default})"
+        parser.add_argument(flag, default=default, help=(meaning + shown).replace("%", "%%"), **how)
+    return parser
+
+
+def check_values(parser, args, above_zero):
+    """Refuse empty texts, negative numbers, and 0 for the flags `above_zero`."""
+    for name, value in vars(args).items():
+        number = isinstance(value, (int, float))
+        if value == "" or number and not value >= 0 or name in above_zero and value == 0:
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small: give another value")
+
+
+def set_up(args):
+    """Join torchrun's processes and set the precision -> (rank, world size, device, autocast)."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = args.precision != "float32"
+    if world_size > 1:
+        # NCCL's own limit of ten minutes would end a run whose rank 0 takes longer over a checkpoint or a preview.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
+                                device_id=device if device.type == "cuda" else None)
+    return rank, world_size, device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def say(words):
+    """Print on rank 0, around the progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(words)
+        sys.stdout.flush()
+
+
+def compile_blocks(*models):
+    """Compile block by block: that is quick, and gradients leave for the other ranks early."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block at the bounds of DDP's buckets
+    for model in models:
+        for block in model.blocks:
+            block.compile(dynamic=False)  # a graph for each shape is faster than one for all
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,63 +189,69 @@ def load_models(args):
     if not args.stats and "stats" not in info:
         raise ValueError(f"{args.dit} is a bare diffusion model: give its latent statistics with --stats stat.pt")
     stats = load_stats(args.stats, model.latent_shape) if args.stats else info["stats"]
-    encoder = info.get("encoder", {"name": args.encoder})["name"]
-    decoder, record = decoder_and_encoder(args, encoder)
-    if decoder.latent_shape != model.latent_shape or record["name"] != encoder:
-        raise ValueError(f"{args.decoder} decodes latents {decoder.latent_shape} of {record['name']}, {args.dit} draws "
-                         f"{model.latent_shape} of {encoder}: give a matching pair, or the right --encoder")
+    drawn = info.get("encoder", dict(name=args.encoder, layers=args.layers))
+    decoder, record = load_decoder_of(args, drawn, grid=model.latent_shape[1])
+    if (decoder.latent_shape, latents_of(record)) != (model.latent_shape, latents_of(drawn)):
+        raise ValueError(f"{args.decoder} decodes {decoder.latent_shape} of {latents_of(record)}, {args.dit} draws "
+                         f"{model.latent_shape} of {latents_of(drawn)}: give a matching pair, or the right --encoder")
     guide = None
     if args.guide:
         if args.scale == 1:
             raise ValueError(f"--guide {args.guide} needs a --scale: the paper has 1.42 at 256 px and 1.5 at 512 px")
         guide, weak = load_dit(args.guide)
         differ = [key for key in ("latent_dim", "grid", "num_classes") if guide.config[key] != model.config[key]]
-        if weak.get("encoder", {"name": encoder})["name"] != encoder:
+        if latents_of(weak.get("encoder", drawn)) != latents_of(drawn):
             differ.append("encoder")
         if differ:
             raise ValueError(f"--guide {args.guide} differs in {', '.join(differ)} from {args.dit}: choose another")
     elif args.scale != 1 and (args.unconditional or not model.num_classes or info.get("label_dropout") == 0):
         raise ValueError(f"--scale {args.scale:g}: no classifier-free guidance without classes, or for a model trained "
                          "without label dropout; give --scale 1, or a weaker model by --guide")
-    return model, guide, stats, info.get("shift", shift_for(model.latent_shape)), decoder, info.get("classes", [])
+    shift = info.get("shift", shift_strength(model.latent_shape))
+    return model, guide, stats, shift, decoder, info.get("classes", [])
 
 
-def decoder_and_encoder(args, encoder=None):
-    """The decoder, and the record of its encoder; a published one belongs to `encoder`, or else to --encoder."""
-    name = encoder or args.encoder
-    decoder, info = load_decoder(args.decoder, pixel_statistics(name))
-    return decoder, info.get("encoder", dict(name=name, image_size=decoder.config["grid"] * 16))
+def load_decoder_of(args, record, grid):
+    """The decoder, and the record of its encoder: what its file says, else `record`."""
+    decoder, info = load_decoder(args.decoder, decoder_pixels(record["name"]), grid)
+    return decoder, info.get("encoder", record)
 
 
 def labels_of(args, model, names):
-    """The class of every sample in order; the null class where there is none."""
-    classes = args.classes or [str(i) for i in range(min(10, model.num_classes))]  # numbers or names
+    """The class of every sample in order; the null class where there is none. Says what is drawn."""
     if args.unconditional or not model.num_classes:
-        return [model.null_class] * (args.num_samples or max(1, len(classes)) * args.per_class)
-    if args.num_samples:
-        return [i % model.num_classes for i in range(args.num_samples)]
-    numbers = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(model.num_classes)}
-    for name in classes:
+        count = args.num_samples or args.per_class * (1 if args.unconditional else max(1, len(args.classes)))
+        say(f"drawing {count} samples without a class")
+        return [model.null_class] * count
+    if args.num_samples:  # balanced; in turn, each split of the Inception score would be balanced too, and it too high
+        order = np.random.default_rng((args.seed, args.num_samples)).permutation(args.num_samples)
+        say(f"drawing {args.num_samples} samples of {model.num_classes} classes in equal shares, shuffled")
+        return (order % model.num_classes).tolist()
+    numbers = {str(i): i for i in range(model.num_classes)} | {name: i for i, name in enumerate(names)}
+    known = ", ".join([f"0 to {model.num_classes - 1}", *names[:5]])
+    for name in args.classes:
         if name not in numbers:
-            known = ", ".join([f"0 to {model.num_classes - 1}", *names[:5]])
             raise ValueError(f"--classes {name}: {args.dit} knows {known}")
-    return [numbers[name] for name in classes for _ in range(args.per_class)]
+    chosen = [numbers[name] for name in args.classes] or list(range(min(10, model.num_classes)))
+    say(f"drawing {args.per_class} of each class: " + ", ".join(" ".join([str(i), *names[i : i + 1]]) for i in chosen))
+    return [i for i in chosen for _ in range(args.per_class)]
 
 
-def generate(args, device, autocast):
+def generate(args, rank, world_size, device, autocast):
     """Draw samples; with --trajectory eight images of each."""
     model, guide, stats, shift, decoder, names = load_models(args)
     labels = labels_of(args, model, names)
     model, decoder, guide = model.to(device), decoder.to(device), guide.to(device) if guide else None
     stats = {key: value.to(device) for key, value in stats.items()}
-    if args.compile:
+    compiled = args.compile == "on" or args.compile == "auto" and device.type == "cuda" and args.num_samples >= 1000
+    if compiled:
         compile_blocks(decoder, model, *([guide] if guide else []))
     shown = set(np.linspace(0, args.steps - 1, 8).round().astype(int).tolist()) if args.trajectory else {args.steps - 1}
 
-    def pictures(indices):
-        for first in range(0, len(indices), args.batch):
-            part = indices[first : first + args.batch]
-            size = args.batch if args.compile else len(part)
+    def pictures():  # of this rank's batches: uint8 (b len(shown), S, S, 3)
+        for first in range(rank * args.batch, len(labels), world_size * args.batch):
+            part = range(first, min(first + args.batch, len(labels)))
+            size = args.batch if compiled else len(part)
             y = fill_up(torch.tensor([labels[i] for i in part], device=device), size)  # (B,)
             noise = fill_up(sample_noise(args.seed, part, stats["mean"].shape).to(device), size)  # (B, C, H, W)
             latents = []  # the estimates x_t - t v at the steps that are shown; the last one is the sample
@@ -162,107 +263,120 @@ def generate(args, device, autocast):
             with autocast:
                 sample(guided(model, y, args.scale, guide, args.interval), noise, args.steps, shift, watch)
                 frames = [to_uint8(decoder(denormalize(x, stats)))[: len(part)] for x in latents]  # (b, S, S, 3) each
-            yield torch.stack(frames, 1).flatten(0, 1).cpu().numpy()  # (b len(shown), S, S, 3)
+            yield torch.stack(frames, 1).flatten(0, 1)
 
+    shape = (len(labels) * len(shown), decoder.image_size, decoder.image_size, 3)
     columns = 8 if args.trajectory or args.num_samples else args.per_class
-    write_images(args, device, len(labels), len(shown), columns, decoder.image_size, pictures)
+    write_images(args, rank, world_size, device, shape, args.batch * len(shown), columns, pictures())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reconstruction
 
 
-def reconstruct(args, device, autocast):
+def reconstruct(args, rank, world_size, device, autocast):
     """Encode and decode a folder's images, or one photo beside itself."""
-    decoder, record = decoder_and_encoder(args)
-    encoder = Encoder(record["name"], record["image_size"], args.encoder_weights).to(device)
+    unnamed = dict(name=args.encoder, layers=args.layers)
+    decoder, record = load_decoder_of(args, unnamed, grid=32 if args.preset == "imagenet512" else 16)
+    say(f"loading the encoder {record['name']}")
+    encoder = Encoder(record["name"], record.get("image_size", decoder.config["grid"] * 16), args.encoder_weights,
+                      record.get("layers", [])).to(device)
     if encoder.latent_shape != decoder.latent_shape:
         raise ValueError(f"{args.decoder} decodes latents {decoder.latent_shape}, not {encoder.latent_shape}, those of "
                          f"{record['name']}: give the right --encoder")
     decoder, side = decoder.to(device), decoder.image_size
-    if args.compile:
+    if args.compile == "on":
         compile_blocks(encoder.vit, decoder)
 
+    @torch.no_grad()
     def decoded(pixels):  # (B, 3, S, S) uint8 -> (B, S, S, 3) uint8
         with autocast:
-            z = encoder(pixels.to(device, non_blocking=True).float() / 255)  # (B, C, H, W)
-            return to_uint8(decoder(z)).cpu().numpy()
+            return to_uint8(decoder(encoder(pixels.to(device, non_blocking=True).float() / 255)))
 
-    def photo(indices):
-        if not indices:  # another rank has it
-            return
+    if os.path.isfile(args.reconstruct):
         try:
             image = np.array(center_crop(open_image(args.reconstruct), side))  # (S, S, 3)
         except Exception as error:  # Pillow raises nearly any kind for a damaged file
             raise ValueError(f"--reconstruct {args.reconstruct} is no picture, or damaged ({error})") from None
-        yield np.stack([image, decoded(torch.from_numpy(image).permute(2, 0, 1)[None])[0]])
-
-    def folder(indices):
-        for pixels in evaluation_batches(source, indices, side, args.batch, args.workers, device):
-            yield decoded(pixels)
-
-    if os.path.isfile(args.reconstruct):
-        write_images(args, device, 1, 2, 2, side, photo)
-    else:
-        source = image_source(args.reconstruct, side)
-        write_images(args, device, len(source), 1, 8, side, folder)
+        image = torch.from_numpy(image)[None].to(device)
+        pairs = iter([torch.cat([image, decoded(image.permute(0, 3, 1, 2))])])
+        return write_images(args, rank, world_size, device, (2, side, side, 3), 2, 2, pairs)
+    source = image_source(args.reconstruct, side)
+    say(source.summary())
+    firsts = range(rank * args.batch, len(source), world_size * args.batch)
+    indices = [i for first in firsts for i in range(first, min(first + args.batch, len(source)))]
+    batches = evaluation_batches(source, indices, side, args.batch, args.workers, device)
+    shape = (len(source), side, side, 3)
+    write_images(args, rank, world_size, device, shape, args.batch, 8, (decoded(pixels) for pixels in batches))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def write_images(args, device, items, per_item, columns, side, pictures):
-    """Write --out: `per_item` images of each of the `items`, uint8 (side, side, 3); a PNG grid has so many columns.
+def write_images(args, rank, world_size, device, shape, size, columns, batches):
+    """Write --out, images uint8 of `shape` (n, S, S, 3); a PNG grid has so many columns.
 
-    pictures(indices) yields uint8 (n, side, side, 3), the images of the items with these indices, in order. Each rank
-    writes its share into one temporary npy; rank 0 makes --out of it.
+    batches: this rank's images, uint8 (b, S, S, 3) on the device: of all batches of `size` in order, it has each
+    world_size-th, from its rank on. Rank 0 receives them batch by batch and writes them as they come.
     """
-    shape = (items * per_item, side, side, 3)
     if args.out.suffix == ".png" and shape[0] > 10000:
         raise ValueError(f"{shape[0]} images are too many for one picture: give --out an .npz")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    raw, temporary = Path(f"{args.out}.tmp.npy"), Path(f"{args.out}.tmp")
-    mine = range(items * args.rank // args.world_size, items * (args.rank + 1) // args.world_size)
 
-    def wait():
-        if args.world_size > 1:
-            dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+    def received():  # on rank 0: numpy (b, S, S, 3), in order
+        left = shape[0]
+        for _ in range(math.ceil(shape[0] / size / world_size)):
+            images = next(batches, torch.empty(0, *shape[1:], dtype=torch.uint8, device=device))
+            parts = [images]
+            if world_size > 1:
+                images = torch.cat([images, images.new_zeros(size - len(images), *shape[1:])])
+                parts = [torch.empty_like(images) for _ in range(world_size)] if rank == 0 else None
+                dist.gather(images, parts)
+            for part in parts or []:
+                part = part[:left].cpu().numpy()
+                left -= len(part)
+                bar.update(len(part))
+                yield part
+        for _ in batches:  # raises where images could not be read
+            continue
 
+    temporary = Path(f"{args.out}.tmp")
     try:
-        if args.rank == 0:
-            np.lib.format.open_memmap(raw, "w+", np.uint8, shape)
-        wait()
-        with open(raw, "r+b") as file, torch.no_grad():
-            file.seek((mine.start - items) * per_item * side * side * 3, os.SEEK_END)
-            with tqdm(total=len(mine) * per_item, unit="image", disable=args.rank > 0) as bar:
-                for images in pictures(mine):
-                    file.write(images.tobytes())
-                    bar.update(len(images))
-            file.flush()
-            os.fsync(file.fileno())  # then other nodes see it
-        wait()
-        if args.rank == 0:
-            if args.out.suffix == ".npz":
-                with zipfile.ZipFile(temporary, "w") as archive:
-                    archive.write(raw, "arr_0.npy")
+        with tqdm(total=shape[0], unit="image", disable=rank > 0) as bar:
+            if rank > 0:
+                list(received())
+            elif args.out.suffix == ".npz":
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                member = zipfile.ZipInfo("arr_0.npy")  # without the time: the same images give the same file
+                with zipfile.ZipFile(temporary, "w") as archive, archive.open(member, "w", force_zip64=True) as file:
+                    header = dict(descr="|u1", fortran_order=False, shape=shape)
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for images in received():
+                        file.write(images.tobytes())
             else:
-                image_grid(np.load(raw), columns).save(temporary, "png")
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                image_grid(np.concatenate(list(received())), columns).save(temporary, "png")
+        if world_size > 1:  # every rank is through with its images
+            dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+        if rank == 0:
             os.replace(temporary, args.out)
-            print(f"{shape[0]} images in {args.out}")
-        wait()
     finally:  # an interrupted run leaves no temporary file
-        if args.rank == 0:
-            raw.unlink(missing_ok=True)
+        if rank == 0:
             temporary.unlink(missing_ok=True)
+    say(f"{shape[0]} images in {args.out}")
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    with one_line_refusals(parser):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that write_images cleans up
-        device, autocast = set_up(args)
-        (reconstruct if args.reconstruct else generate)(args, device, autocast)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so that write_images cleans up
+    try:
+        (reconstruct if args.reconstruct else generate)(args, *set_up(args))
+    except ValueError as error:  # bad input: the message names the value and the fix
+        parser.error(str(error))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

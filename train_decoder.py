@@ -13,64 +13,87 @@ The same command again resumes. Paper: arXiv 2510.11690, section 3 and its appen
 To evaluate: sample.py --reconstruct imagenet/val --out recon.npz, then fid.py imagenet/val recon.npz --paired.
 """
 
+import argparse
+import copy
+import datetime
 import functools
 import math
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.nn.utils.parametrizations import spectral_norm
+from tqdm import tqdm
 
 from decoder import SIZES, Decoder, image_grid, load_decoder, patchify, to_uint8
-from encoder import (ENCODER_HELP, GIVE_UP_AFTER, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount, check_init,
-                     compile_blocks, count, distribute, finish, image_source, make_ema, make_parser,
-                     one_line_refusals, pixel_statistics, positive, random_crop, resume, save_checkpoint, set_up, share,
-                     stop_by_signal, training_loader)
-from fid import LPIPS, TIMM, load_weights
+from encoder import (ENCODERS, Encoder, Images, decoder_pixels, default_workers, image_source, latents_of, make_loader,
+                     pretrained, random_crop, random_key, training_batches)
+from fid import LPIPS
 
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 RECIPE = [
-    # flag             type      256 px  512 px  demo    meaning, and what the paper has
-    ("--data",          str,      None,   None,   "shapes", "folder of images; or `shapes`, drawn on the fly"),
-    ("--size",          count,    256,    512,    32,     "image side in pixels, as decoded"),
-    ("--resize",        count,    None,   None,   None,   "shorter side before the crop (default: 1.5 x --size)"),
-    ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", ENCODER_HELP),
-    ("--encoder-size",  count,    None,   None,   None,   "encoder's image side; 256 with --size 512: upsampling"),
-    ("--encoder-weights", str,    None,   None,   None,   "local file, instead of the download"),
-    ("--model",         tuple(SIZES), "ViT-XL", "ViT-XL", "ViT-tiny", "size of the decoder"),
-    ("--init",          str,      None,   None,   None,   "decoder.pt or published weights to start from"),
-    ("--tau",           amount,   0.8,    0.8,    0.1,    "latents get noise of sigma = tau |n|, n ~ N(0, 1); 0: none"),
-    ("--lpips",         amount,   1.0,    1.0,    0.0,    "weight of the perceptual loss; 0: off"),
-    ("--gan",           amount,   0.75,   0.75,   0.0,    "weight of the GAN loss, times the adaptive weight; 0: off"),
-    ("--disc-start",    amount,   6.0,    6.0,    1.0,    "epoch where the discriminator begins to train"),
-    ("--gan-start",     amount,   8.0,    8.0,    1.5,    "epoch from which the GAN loss trains the decoder"),
-    ("--epochs",        positive, 16.0,   16.0,   3.0,    "length of training and of the cosine schedules"),
-    ("--batch",         count,    512,    512,    16,     "images in a step, over all processes"),
-    ("--micro-batch",   count,    16,     4,      16,     "most images in one forward; for ViT-XL and 80 GB"),
-    ("--lr",            positive, 2e-4,   2e-4,   2e-3,   "learning rate of both AdamWs, without weight decay"),
-    ("--lr-end",        amount,   2e-5,   2e-5,   3e-5,   "learning rate at the end of the cosine"),
-    ("--warmup",        amount,   1.0,    1.0,    0.2,    "epochs of linear warm-up, of each model from its start"),
-    ("--beta1",         share,    0.9,    0.9,    0.9,    "AdamW's beta1; the paper: 0.5"),
-    ("--beta2",         share,    0.95,   0.95,   0.95,   "AdamW's beta2; the paper: 0.9"),
-    ("--ema",           share,    0.9978, 0.9978, 0.99,   "decay of the weights' moving average"),
-    ("--preview-every", amount,   None,   None,   None,   "epochs between previews, or 0 (default: 1, >= 500 steps)"),
-    ("--vgg-weights",   str,      None,   None,   None,   "VGG16 of LPIPS: local file, instead of the download"),
-    ("--lpips-weights", str,      None,   None,   None,   "heads of LPIPS: local file, instead of the download"),
-    ("--dino-weights",  str,      None,   None,   None,   "the discriminator's DINO ViT-S/8: local file"),
+    # flag              paper        demo           meaning, and what else the paper has
+    ("--size",          256,         32,            "image side in pixels, as decoded"),
+    ("--resize",        384,         32,            "shorter side in pixels before the crop; the paper: 1.5 x --size"),
+    ("--encoder",       "dinov2-b",  "random-tiny", f"{', '.join(ENCODERS)}, or a timm ViT by its name"),
+    ("--encoder-size",  0,           0,             "encoder's image side; 256 with --size 512: upsampling; 0: --size"),
+    ("--layers",        [int],       [int],         "encoder blocks, from 0, whose mean is the latent; none: the last"),
+    ("--model",         "ViT-XL",    "ViT-tiny",    "size of the decoder", *SIZES),
+    ("--tau",           0.8,         0.1,           "latents get noise of sigma = tau |n|, n ~ N(0, 1); 0: none"),
+    ("--lpips",         1.0,         0.0,           "weight of the perceptual loss; 0: off"),
+    ("--gan",           0.75,        0.0,           "weight of the GAN loss, times the adaptive weight; 0: off"),
+    ("--disc-start",    6.0,         1.0,           "epoch where the discriminator begins to train"),
+    ("--gan-start",     8.0,         1.5,           "epoch from which the GAN loss trains the decoder"),
+    ("--epochs",        16.0,        3.0,           "length of training and of the cosine schedules"),
+    ("--batch",         512,         16,            "images in a step, over all processes"),
+    ("--lr",            2e-4,        2e-3,          "learning rate of both AdamWs, without weight decay"),
+    ("--lr-end",        2e-5,        3e-5,          "learning rate at the end of the cosine"),
+    ("--warmup",        1.0,         0.2,           "epochs of linear warm-up, of each model from its start"),
+    ("--betas",         [0.9, 0.95], [0.9, 0.95],   "betas of both AdamWs; the paper: 0.5 0.9"),
+    ("--ema",           0.9978,      0.99,          "decay of the weights' moving average"),
+    ("--seed",          0,           0,             "seed of the weights and of everything that is drawn"),
 ]
+RUN = [  # a resumed run may have these otherwise, if its images are as many and of the same classes
+    ("--data",          None,        "shapes",      "folder of images; or `shapes`, drawn on the fly"),
+    ("--encoder-weights", None,      None,          "local file, instead of the download"),
+    ("--init",          None,        None,          "decoder.pt or published weights to start from"),
+    ("--out",           None,        None,          "folder for what is written (default: runs/<preset>/decoder)"),
+    ("--micro-batch",   16,          16,            "most images in one forward, for ViT-XL on 80 GB"),
+    ("--checkpointing", False,       False,         "recompute activations in backward: less memory, slower"),
+    ("--precision",     "tf32",      "tf32",        "of matrix products; on a CPU tf32 is float32", "tf32", "float32",
+                                                    "bf16"),
+    ("--compile",       "auto",      "auto",        "torch.compile; auto: on CUDA", "auto", "on", "off"),
+    ("--device",        DEVICES[0],  DEVICES[0],    "device of this process", *DEVICES),
+    ("--workers",       default_workers(), 0,       "loader processes for each GPU; by default by the cores"),
+    ("--log-every",     100,         100,           "steps between rows of log.csv"),
+    ("--preview-every", 2500,        500,           "steps between previews; 0: none"),
+    ("--save-every",    1000,        500,           "steps between checkpoints"),
+    ("--vgg-weights",   None,        None,          "VGG16 of LPIPS: local file, instead of the download"),
+    ("--lpips-weights", None,        None,          "heads of LPIPS: local file, instead of the download"),
+    ("--dino-weights",  None,        None,          "the discriminator's DINO ViT-S/8: local file"),
+]
+IMAGENET512 = {"--size": 512, "--resize": 768, "--micro-batch": 4}
+MAY_DIFFER = {"--epochs", "--lr", "--lr-end"}  # and these of the recipe
 
 
 def parse_args(argv):
-    parser = make_parser(__doc__, RECIPE + RUN_FLAGS, argv)
+    parser = make_parser(__doc__, RECIPE + RUN, IMAGENET512, argv)
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs", args.preset, "decoder")
+    check_values(parser, args, {"size", "batch", "micro_batch", "epochs", "lr", "log_every", "save_every"})
+    args.out = Path(args.out or Path("runs", args.preset, "decoder"))
     args.encoder_size = args.encoder_size or args.size
-    args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
+    if args.data is None:
+        parser.error("--data is missing: give a folder of images, or `shapes`")
     if args.resize < args.size:
         parser.error(f"--resize {args.resize} is below --size {args.size}: give at least that")
     if args.lpips and args.size < 16:
@@ -84,7 +107,7 @@ def parse_args(argv):
 # The discriminator: five light heads that read a frozen DINO ViT. StyleGAN-T (arXiv 2301.09515), section 3.2
 
 # DINO ViT-S/8 (arXiv 2104.14294) with the tanh form of GELU, as the released code runs it.
-DINO = dict(model_name="vit_small_patch8_224.dino", act_layer="gelu_tanh")
+DINO = dict(model="vit_small_patch8_224.dino", act_layer="gelu_tanh")
 
 
 class DiscriminatorHead(nn.Module):
@@ -112,15 +135,13 @@ class Discriminator(nn.Module):
 
     The first head reads the last block's output, the others those of blocks 2, 5, 8 and 11, counted from 0.
     Only `heads` trains. The ViT is frozen, but gradients flow through it to the images.
-    weights: a local file, in timm's or DINO's own key names; None: downloaded once. Raises ValueError where they can't
-    be had.
+    weights: a local file, in timm's or DINO's own key names; None: fetched once. Raises ValueError where they can't be
+    had.
     """
 
     def __init__(self, weights=None):
         super().__init__()
-        self.vit = timm.create_model(**DINO, num_classes=0)
-        load_weights(self.vit, TIMM.format(DINO["model_name"]), weights, "--dino-weights")
-        self.vit.requires_grad_(False)
+        self.vit = pretrained(weights=weights, flag="--dino-weights", **DINO).requires_grad_(False)
         self.heads = nn.ModuleList(DiscriminatorHead(self.vit.embed_dim) for _ in range(5))
         self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
@@ -186,8 +207,13 @@ def adaptive_weight(g_rec, g_gan, hidden, pixel_std):
     """Weight w of the GAN term (VQGAN, arXiv 2012.09841, equation 7), a scalar tensor in [0, 1e4] without gradient.
 
     w = ||G_rec|| / (||G_gan|| + 1e-6), where G is a loss's gradient at the weight of the decoder's last layer, the
-    linear map to pixels. By the chain rule G = patchify(g std)^T hidden, with the loss's gradient g (B, 3, S, S) at the
-    reconstruction, the layer's input `hidden` (B, N, D) and the pixel std (1, 3, 1, 1): no second backward is needed.
+    linear map to pixels. Plainly:
+
+        (G_rec,) = torch.autograd.grad(reconstruction_loss, decoder.to_pixels.weight, retain_graph=True)
+        (G_gan,) = torch.autograd.grad(generator_loss, decoder.to_pixels.weight, retain_graph=True)
+
+    This takes a shorter way to the same numbers. By the chain rule G = patchify(g std)^T hidden, with the loss's
+    gradient g (B, 3, S, S) at the reconstruction, the layer's input `hidden` (B, N, D) and the pixel std (1, 3, 1, 1).
     Over several processes G is the mean of theirs, so that all have the w of all images of the micro-batch.
     """
     hidden = hidden.detach().float().flatten(0, 1)  # (B N, D)
@@ -239,9 +265,10 @@ def lr_at(step, args, steps_per_epoch):
 
 
 def draw(keys, shape, tau, generator):
-    """Everything random of a training step, each image's from its own key.
+    """Everything random of a training step: the latents' noise and the augmentation.
 
-    So last.pt holds no state of a generator: step and seed say what is drawn.
+    Each image has a seed of its own in each epoch, its key (see `training_batches`). So what is drawn depends on
+    neither the batch nor the processes, and a resumed run draws the same numbers without any state of a generator.
     Returns noise (B, C, H, W) of noise-augmented decoding (section 4): sigma n, n ~ N(0, I), with sigma = |N(0, tau^2)|
     for each image; and draws of `diffaug` (3, B, 5) for the decoder's fakes, the discriminator's fakes and its reals.
     """
@@ -257,95 +284,295 @@ def draw(keys, shape, tau, generator):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a run starts from
+
+
+def initial_decoder(args, encoder, last):
+    """The decoder before its first step: of last.pt's sizes, from --init, or new.
+
+    Raises ValueError where --init is another model, or one for other latents.
+    """
+    C, grid, _ = encoder.latent_shape
+    config = dict(latent_dim=C, grid=grid, patch=args.size // grid, **SIZES[args.model])
+    pixels = decoder_pixels(args.encoder)
+    if last or not args.init:
+        return Decoder(**last["config"] if last else config | pixels)
+    model, info = load_decoder(args.init, pixels, grid)
+    theirs, ours = latents_of(info.get("encoder", encoder.record)), latents_of(encoder.record)
+    if theirs != ours:
+        raise ValueError(f"--init {args.init} is for latents of {theirs}, not of {ours}: choose --encoder and --layers")
+    differ = [f"{key} {model.config[key]} instead of {value}" for key, value in config.items()
+              if model.config[key] != value]
+    if differ:
+        raise ValueError(f"--init {args.init} is another model: {', '.join(differ)}; choose --model, --size, ...")
+    return model.requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: flags, processes, checkpoints, the log. Both trainers have these functions, word for word, so that each file
+# can be read and copied alone.
+
+
+def make_parser(description, table, imagenet512, argv):
+    """A parser with a flag for each row: (flag, default of the paper, of the demo, meaning, choices where limited).
+
+    A flag's type is its default's. --preset picks the defaults; imagenet512 has those that differ at 512 px.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=("imagenet256", "imagenet512", "demo"), default="imagenet256",
+                       help="the defaults: the paper's for ImageNet, or a small demo's (default: imagenet256)")
+    preset = first.parse_known_args(argv)[0].preset
+    parser = argparse.ArgumentParser(description=description.partition("\n\n")[0], usage="%(prog)s [--flag VALUE ...]",
+                                     parents=[first], allow_abbrev=False)
+    for flag, paper, demo, meaning, *choices in table:
+        default = demo if preset == "demo" else imagenet512.get(flag, paper) if preset == "imagenet512" else paper
+        how = dict(type=str if default is None else type(default), choices=choices or None)
+        if default is False:
+            how = dict(action="store_true")
+        elif isinstance(default, list):  # the values; [type] where there are none
+            kind, default = (default[0], []) if isinstance(default[0], type) else (type(default[0]), default)
+            how = dict(type=kind, nargs=len(default) or "+")
+        shown = "" if default is None or default is False or default == [] else f" (default: {default})"
+        parser.add_argument(flag, default=default, help=(meaning + shown).replace("%", "%%"), **how)
+    return parser
+
+
+def check_values(parser, args, above_zero):
+    """Refuse empty texts, negative numbers, and 0 for the flags `above_zero`."""
+    for name, value in vars(args).items():
+        number = isinstance(value, (int, float))
+        if value == "" or number and not value >= 0 or name in above_zero and value == 0:
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small: give another value")
+
+
+def set_up(args):
+    """Join torchrun's processes and set the precision -> (rank, world size, device, autocast)."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = args.precision != "float32"
+    if world_size > 1:
+        # NCCL's own limit of ten minutes would end a run whose rank 0 takes longer over a checkpoint or a preview.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
+                                device_id=device if device.type == "cuda" else None)
+    return rank, world_size, device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def say(words):
+    """Print on rank 0, around the progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(words)
+        sys.stdout.flush()
+
+
+def compile_blocks(*models):
+    """Compile block by block: that is quick, and gradients leave for the other ranks early."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block at the bounds of DDP's buckets
+    for model in models:
+        for block in model.blocks:
+            block.compile(dynamic=False)  # a graph for each shape is faster than one for all
+
+
+def load_last(out, result, settings):
+    """last.pt of the folder `out`, or None for a new run. settings: what shapes the result and must be as it was.
+
+    Raises ValueError where last.pt is damaged or of other settings, and where the other checkpoint, `result`, is alone.
+    """
+    path = out / "last.pt"
+    if not path.exists():
+        if (out / result).exists() and not (out / "last.pt.tmp").exists():  # a killed first save leaves the latter
+            raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
+        return None
+    try:
+        # Mapped, 8 processes need not hold 17 GB each. Windows moves no file over a mapped one.
+        last = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+        before = last["settings"]
+    except Exception as error:  # what a damaged file raises differs between versions of torch
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): put back a copy, or move {out} away") from None
+    differ = [f"{name} {str(before.get(name))[:60]}, now {str(settings.get(name))[:60]}"
+              for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
+    if differ:
+        raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out, and "
+                         f"--init {out / result} to go on from its weights")
+    return last
+
+
+def save_checkpoint(files):
+    """Write {path: content} beside their places, then move them there in order: what is at a path is always whole."""
+    for path, content in files.items():
+        # A last.pt of 17 GB takes some 40 s with torch's checksums and 10 s without; torch.load does not look at them.
+        torch.serialization.set_crc32_options(path.name != "last.pt")
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    torch.serialization.set_crc32_options(True)
+    for path in files:
+        os.replace(f"{path}.tmp", path)
+
+
+class Log:
+    """Means over steps and ranks, as lines for the terminal and for log.csv, which rank 0 writes.
+
+    add() sums on the device and leaves out what is not finite. kept: how many bytes of log.csv stay, so that no step
+    stands in it twice. Images per second and the time left count previews and saves.
+    """
+
+    def __init__(self, out, columns, kept, start, rank):
+        self.columns, self.sums, self.step, self.time = columns, {}, start, time.perf_counter()
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = open(out / "log.csv" if rank == 0 else os.devnull, "ab")
+        if rank == 0:
+            self.file.truncate(min(kept, self.file.tell()))
+        if not self.file.tell():
+            self.file.write((",".join(columns) + "\n").encode())
+
+    def add(self, images=1, **values):
+        """Means over so many images, or one value for each image."""
+        for name, value in values.items():
+            value = value.detach().float().flatten()
+            finite = value.isfinite()
+            sums = torch.stack([value.where(finite, 0).sum(), finite.sum()]) * images
+            self.sums[name] = self.sums.get(name, 0) + sums
+
+    def line(self, step, total, epoch, batch, **numbers):
+        sums = torch.stack(list(self.sums.values()))  # (names, 2)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        seconds = (time.perf_counter() - self.time) / (step - self.step)
+        numbers |= {name: value / n for name, (value, n) in zip(self.sums, sums.tolist(), strict=True) if n}
+        numbers |= dict(images_per_s=batch / seconds, memory_gb=torch.cuda.max_memory_allocated() / 2**30)
+        row = dict(step=step, epoch=f"{epoch:.4f}") | {name: f"{value:.6g}" for name, value in numbers.items()}
+        self.file.write((",".join(str(row.get(name, "")) for name in self.columns) + "\n").encode())
+        self.file.flush()
+        self.sums, self.step, self.time = {}, step, time.perf_counter()
+        row["left"] = datetime.timedelta(seconds=int((total - step) * seconds))
+        return " ".join(f"{name} {value}" for name, value in row.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
 def train(args):
-    device, autocast = set_up(args)
-    say = functools.partial(print, flush=True) if args.rank == 0 else (lambda _: None)
+    rank, world_size, device, autocast = set_up(args)
     source = image_source(args.data, args.size)
-    plan = Plan(args, len(source))
-    last, recorded, start = resume(args, "train_decoder", "decoder.pt", images=len(source), classes=source.classes)
-    if start >= plan.total:
-        say(f"finished: {args.out}/decoder.pt has its {start / plan.steps_per_epoch:g} epochs; a larger --epochs "
-            "goes on, at the rates of its own, longer cosine")
-        return
+    say(source.summary())
+    # The batch: a share for each process, in micro-batches whose gradients add up.
+    local_batch, rest = divmod(args.batch, world_size)
+    if rest or not local_batch:
+        raise ValueError(f"--batch {args.batch} does not divide over {world_size} processes")
+    accumulate = math.ceil(local_batch / args.micro_batch)
+    micro_batch = math.ceil(local_batch / accumulate)  # the last one may be smaller
+    steps_per_epoch = len(source) / args.batch
+    total = max(1, round(args.epochs * steps_per_epoch))
+    disc_start, gan_start = (round(epoch * steps_per_epoch) for epoch in (args.disc_start, args.gan_start))
 
-    # The frozen networks, the decoder and the discriminator's heads.
-    encoder = Encoder(args.encoder, args.encoder_size, args.encoder_weights).to(device)
-    latent_dim, grid, _ = encoder.latent_shape
-    if args.size % grid:
-        raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {grid}")
-    lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(device) if args.lpips else None
+    # Where an earlier run stopped.
+    settings = {flag: vars(args)[flag.strip("-").replace("-", "_")] for flag, *_ in RECIPE if flag not in MAY_DIFFER}
+    settings |= dict(kind="train_decoder", images=len(source), classes=source.classes)
+    last = load_last(args.out, "decoder.pt", settings)
+    start = last["step"] if last else 0
+    if start >= total:
+        return say(f"finished: {args.out}/decoder.pt has its {start} steps; a larger --epochs goes on, at the learning "
+                   "rates of its own, longer cosine")
+
+    # The frozen encoder and the decoder.
+    say(f"loading the encoder {args.encoder}" + (", LPIPS" if args.lpips else "") + (", DINO" if args.gan else ""))
+    encoder = Encoder(args.encoder, args.encoder_size, args.encoder_weights, args.layers).to(device)
+    if args.size % encoder.grid:
+        raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {encoder.grid}")
     torch.manual_seed(args.seed)
-    discriminator = Discriminator(args.dino_weights).to(device) if args.gan else None
-    torch.manual_seed(args.seed)  # again: the decoder starts the same with and without a discriminator
-    model = Decoder(latent_dim, grid, args.size // grid, **SIZES[args.model], **pixel_statistics(args.encoder))
-    if args.init and not last:
-        trained, info = load_decoder(args.init, pixel_statistics(args.encoder))
-        check_init(args.init, info, args.encoder, trained.config, model.config, but=("mean", "std"))
-        model.load_state_dict(trained.state_dict())
+    model = initial_decoder(args, encoder, last)
     model = model.to(device).train()
     model.checkpointing = args.checkpointing
-    ema = make_ema(model, args.ema)
-    adamw = dict(lr=args.lr, betas=(args.beta1, args.beta2), weight_decay=0.0, fused=True)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    adamw = dict(lr=args.lr, betas=tuple(args.betas), weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
-    disc_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw) if discriminator else None
-    skipped = bad_in_a_row = 0
+
+    # The perceptual loss and the discriminator: frozen networks, but for the discriminator's heads.
+    lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(device) if args.lpips else None
+    torch.manual_seed(args.seed)
+    discriminator = disc_optimizer = None
+    if args.gan:
+        discriminator = Discriminator(args.dino_weights).to(device)
+        disc_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw)
+
     if last:
         model.load_state_dict(last["model"])
-        ema.module.load_state_dict(last["ema"])
+        ema.load_state_dict(last["ema"])
         optimizer.load_state_dict(last["optimizer"])
         if discriminator:
             discriminator.heads.load_state_dict(last["discriminator"])
             disc_optimizer.load_state_dict(last["disc_optimizer"])
-        skipped = last["skipped"]
-        last = None  # last.pt is memory-mapped: release it
-    if args.compile:  # before DDP; the average stays eager
+    kept = last["log_bytes"] if last else 0
+    last = None  # last.pt is memory-mapped: release it
+    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":  # before DDP; the average stays eager
         compile_blocks(encoder.vit, model, *([discriminator.vit] if discriminator else []))
-    ddp = distribute(model, device)
-    ddp_disc = distribute(discriminator, device) if discriminator else None
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
+    ddp.broadcast_buffers = False  # they are equal on all ranks
+    ddp_disc = discriminator
+    if discriminator and world_size > 1:
+        ddp_disc = DistributedDataParallel(discriminator, gradient_as_bucket_view=True)
+        ddp_disc.broadcast_buffers = False
+
+    def checkpoint(done):
+        result = dict(kind="decoder", config=model.config, model=ema.state_dict(), encoder=encoder.record,
+                      tau=args.tau, epoch=done / steps_per_epoch)
+        last = dict(settings=settings, step=done, config=model.config, model=model.state_dict(), ema=ema.state_dict(),
+                    optimizer=optimizer.state_dict(), log_bytes=log.file.tell())
+        if discriminator:
+            last |= dict(discriminator=discriminator.heads.state_dict(), disc_optimizer=disc_optimizer.state_dict())
+        save_checkpoint({args.out / "decoder.pt": result, args.out / "last.pt": last})
 
     images = Images(source, functools.partial(random_crop, resize=args.resize, size=args.size))
-    batches, steps = training_loader(images, args, plan, start, device)
-    if args.rank == 0:
-        chosen = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()
-        shown = torch.stack([images[i, i][0] for i in chosen])  # (8, 3, S, S) uint8
-        with autocast:
-            shown_z = encoder(shown.to(device).float() / 255)  # (8, C, H, W)
-    disc_start, gan_start = (round(epoch * plan.steps_per_epoch) for epoch in (args.disc_start, args.gan_start))
-    say(f"{source.root}: {len(source)} images, classes: {len(source.classes)}")
+
+    def preview(done):
+        chosen = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()  # always the same eight
+        shown = torch.stack([images[index, random_key(args.seed, index)][0] for index in chosen])  # (8, 3, S, S) uint8
+        with torch.no_grad(), autocast:
+            decoded = to_uint8(ema(encoder(shown.to(device).float() / 255))).cpu()  # (8, S, S, 3)
+        grid = image_grid(torch.cat([shown.permute(0, 2, 3, 1), decoded]), len(shown))
+        grid.save(args.out / f"preview-{done}.png")
+
+    signals = []
+
+    def stop_after_step(number, frame):  # it may come at any time, so it touches no tensor
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C stops at once\n" if rank == 0 else b"")
+
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, stop_after_step)
+
     say(f"{args.model}, patch {model.patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-        f"{plan.words}; learning rate rises for {args.warmup * plan.steps_per_epoch:.0f} steps; from step {start}")
+        f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
+        f"{steps_per_epoch:.4g} an epoch; from step {start}")
     if discriminator:
         warning = ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""
         say(f"discriminator from step {disc_start}, its loss from step {gan_start}{warning}")
-
-    def checkpoint(done):
-        last = dict(kind="train_decoder", args=recorded, step=done, model=model.state_dict(),
-                    ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped)
-        if discriminator:
-            last |= dict(discriminator=discriminator.heads.state_dict(), disc_optimizer=disc_optimizer.state_dict())
-        result = dict(kind="decoder", config=model.config, model=ema.module.state_dict(), encoder=encoder.record,
-                      tau=args.tau, epoch=done / plan.steps_per_epoch)
-        save_checkpoint({args.out / "decoder.pt": result, args.out / "last.pt": last})
-
+    parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
+    batches = iter(make_loader(images, parts, args.workers, device))
     generator = torch.Generator(device)
-    preview_every = plan.interval(args.preview_every, 1)
-    columns = ["l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "grad_norm", "disc_norm", "lr", "disc_lr"]
-    log = Log(args, plan, columns, start, device)
-    stopping = stop_by_signal(args.rank)
-    for step in steps:
+    columns = ["step", "epoch", "l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "grad_norm", "disc_norm",
+               "lr", "disc_lr", "images_per_s", "memory_gb"]
+    log = Log(args.out, columns, kept, start, rank)
+    for step in tqdm(range(start, total), "training", total, initial=start, disable=rank > 0, dynamic_ncols=True):
         train_disc = discriminator is not None and step >= disc_start
         use_gan = discriminator is not None and step >= gan_start
         disc_inputs = []  # images, latents and draws for the discriminator's step, so that nothing is encoded twice
+        rates = dict(lr=lr_at(step, args, steps_per_epoch))
 
-        # The decoder learns from L1, LPIPS and a discriminator in eval mode, whose spectral norms then stand still.
-        lr = optimizer.param_groups[0]["lr"] = lr_at(step, args, plan.steps_per_epoch)
+        # The decoder learns from L1, LPIPS and the discriminator, which is in eval mode: its spectral norms stay.
+        optimizer.param_groups[0]["lr"] = rates["lr"]
         if discriminator:
             discriminator.eval()
-        for micro in range(plan.accumulate):
-            ddp.require_backward_grad_sync = micro == plan.accumulate - 1  # ranks exchange gradients in the last
+        for micro in range(accumulate):
+            ddp.require_backward_grad_sync = micro == accumulate - 1  # ranks exchange gradients in the last
             pixels, _, keys = next(batches)  # (B, 3, S, S) uint8, ..., (B,)
             real = pixels.to(device, non_blocking=True).float() / 255  # (B, 3, S, S) in [0, 1]
             noise, augment = draw(keys, encoder.latent_shape, args.tau, generator)  # (B, C, H, W), (3, B, 5)
@@ -356,64 +583,72 @@ def train(args):
                     fake, real, lpips, args.lpips, discriminator if use_gan else None, args.gan, augment[0], hidden,
                     model.std)
             # The gradient of the total loss at the image goes on through the decoder.
-            fake.backward(gradient * len(real) / plan.local_batch)
-            log.add(**losses)
+            fake.backward(gradient * len(real) / local_batch)
+            log.add(len(real), **losses)
             if train_disc:
                 disc_inputs.append((real, z, augment[1], augment[2]))
         norm = get_total_norm([p.grad for p in model.parameters()])  # nothing is clipped
         log.add(grad_norm=norm)
-        norm, loss, stop = agree(stopping, norm, losses["l1"])
-        finite = math.isfinite(norm)
-        if finite:  # else weights, moments and average stay as they are
+        stop = torch.full_like(norm, len(signals))
+        if world_size > 1:
+            dist.all_reduce(stop)
+        norm, stop = torch.stack([norm, stop]).tolist()  # the host waits for the device
+        if math.isfinite(norm):
             optimizer.step()
-            ema.update(model, step + 1)
-        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP's are views of its buckets: zero in place
+            decay = min(args.ema, step / (step + 9))  # the first steps replace the initial weights
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        else:
+            say(f"step {step}: the gradient is not finite; weights, moments and average stay as they are")
+        optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's are views of its buckets: zero in place
 
         # The discriminator learns from fresh reconstructions of the updated decoder: without noise, in 8 bits.
         if train_disc:
-            # Its warm-up and its cosine, as long as the decoder's, begin where it does: training ends within them.
-            disc_lr = disc_optimizer.param_groups[0]["lr"] = lr_at(step - disc_start, args, plan.steps_per_epoch)
+            # It has the decoder's schedule, begun at its own start: training ends before this cosine does.
+            rates["disc_lr"] = disc_optimizer.param_groups[0]["lr"] = lr_at(step - disc_start, args, steps_per_epoch)
             discriminator.train()
             for micro, (real, z, augment_fake, augment_real) in enumerate(disc_inputs):
-                ddp_disc.require_backward_grad_sync = micro == plan.accumulate - 1
+                ddp_disc.require_backward_grad_sync = micro == accumulate - 1
                 with autocast:
                     with torch.no_grad():
                         fake = quantize(2 * model(z) - 1)  # (B, 3, S, S) in [-1, 1]
                     both = torch.cat([diffaug(2 * real - 1, augment_real), diffaug(fake, augment_fake)])
                     real_logits, fake_logits = ddp_disc(both).chunk(2)  # (B, 5 N) each
                 disc = hinge_loss(real_logits, fake_logits)
-                (disc * len(real) / plan.local_batch).backward()
-                log.add(disc=disc, real=real_logits.mean(), fake=fake_logits.mean())
+                (disc * len(real) / local_batch).backward()
+                log.add(len(real), disc=disc, real=real_logits.mean(), fake=fake_logits.mean())
             disc_norm = get_total_norm([p.grad for p in discriminator.heads.parameters()])
             log.add(disc_norm=disc_norm)
             if disc_norm.isfinite():
                 disc_optimizer.step()
             else:
-                finite = False
-            disc_optimizer.zero_grad(set_to_none=args.world_size == 1)
+                say(f"step {step}: the discriminator's gradient is not finite; it stays as it is")
+            disc_optimizer.zero_grad(set_to_none=world_size == 1)
 
         done = step + 1
-        skipped, bad_in_a_row = skipped + (not finite), 0 if finite else bad_in_a_row + 1
-        end = done == plan.total or stop or bad_in_a_row == GIVE_UP_AFTER
-        log.step(loss)
-        if done % plan.log_every == 0 or end:
-            log.row(done, lr=lr, skipped=skipped, **dict(disc_lr=disc_lr) if train_disc else {})
-        if args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
-            with torch.no_grad(), autocast:
-                decoded = to_uint8(ema.module(shown_z)).cpu()
-            grid = image_grid(torch.cat([shown.permute(0, 2, 3, 1), decoded]), len(shown))
-            grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
-        if args.rank == 0 and (plan.due(done, plan.save_every) or end):
+        end = done == total or stop > 0
+        if done % args.log_every == 0 or end:
+            say(log.line(done, total, done / steps_per_epoch, args.batch, **rates))
+        if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == total):
+            preview(done)
+        if rank == 0 and (done % args.save_every == 0 or end):
             checkpoint(done)  # after the preview: a run that goes on from here would not draw it
         if end:
             break
-    finish(args, done, stop, bad_in_a_row)
+    if done < total:
+        say(f"stopped and saved at step {done}; the same command resumes")
+    if unreadable := int(images.unreadable.sum()):
+        print(f"rank {rank}: {unreadable} images could not be read, see above; others took their place", flush=True)
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    with one_line_refusals(parser):
+    try:
         train(args)
+    except ValueError as error:  # bad input: the message names the value and the fix
+        parser.error(str(error))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

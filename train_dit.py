@@ -9,84 +9,95 @@ The same command again resumes. Paper: arXiv 2510.11690, sections 4 and 5. It wr
     dit.pt          EMA weights, configuration, class names and latent statistics: what sample.py reads
     last.pt         everything that is needed to go on exactly where training stopped
     stat.pt         the latent statistics
-    log.csv         one row for each logged interval, with the loss by bins of t, and one for each online FID
+    log.csv         one row for each logged interval, with the loss by bins of t
     preview-*.png   samples of the EMA weights from fixed noise, when there is a decoder
-    dit-*.pt        dit.pt at the epochs of --keep-every: guides for AutoGuidance, points of a FID curve
+    dit-*.pt        dit.pt at the steps of --keep-every: guides for AutoGuidance, points of a FID curve
 """
 
+import argparse
+import copy
+import datetime
 import functools
 import math
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from decoder import image_grid, load_decoder, to_uint8
-from dit import (SIZES, DiT, denormalize, flow_matching_loss, guided, load_dit, normalize, sample, sample_noise,
-                 shift_for, time_shift)
-from encoder import (ENCODER_HELP, GIVE_UP_AFTER, RUN_FLAGS, Encoder, Images, Log, Plan, agree, amount,
-                     center_crop_flip, check_init, compile_blocks, count, distribute, finish, image_source,
-                     latent_statistics, load_stats, make_ema, make_loader, make_parser, one_line_refusals,
-                     pixel_statistics, positive, random_key, resume, save_checkpoint, set_up, share, stop_by_signal,
-                     training_loader)
-from fid import FeatureStatistics, frechet_distance, load_inception, load_statistics
+from dit import (SIZES, DiT, denormalize, flow_matching_loss, guided, load_dit, load_stats, normalize, sample,
+                 sample_noise, shift_strength, time_shift)
+from encoder import (ENCODERS, Encoder, Images, center_crop_flip, decoder_pixels, default_workers, image_source,
+                     latent_statistics, latents_of, make_loader, random_key, training_batches)
 
-
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 RECIPE = [
-    # flag             type      256 px  512 px  demo    meaning, and what the paper has
-    ("--data",          str,      None,   None,   "shapes", "folder with a folder for each class; or `shapes`"),
-    ("--size",          count,    256,    512,    32,     "image side in pixels"),
-    ("--encoder",       str,      "dinov2-b", "dinov2-b", "random-tiny", ENCODER_HELP),
-    ("--encoder-weights", str,    None,   None,   None,   "local file, instead of the download"),
-    ("--model",         tuple(SIZES), "DiT-DH-XL", "DiT-DH-XL", "DiT-DH-tiny", "size; DH: with the wide DDT head"),
-    ("--qk-norm",       bool,     False,  False,  False,  "RMSNorm on q and k, for bf16 training; the paper: without"),
-    ("--allow-narrow",  bool,     False,  False,  False,  "allow a model narrower than its tokens, against Theorem 1"),
-    ("--unconditional", bool,     False,  False,  False,  "train without labels"),
-    ("--shift-base",    positive, 4096.0, 4096.0, 512.0,  "base of the shift sqrt(C H W / base); --init keeps its own"),
-    ("--epochs",        positive, 80.0,   400.0,  9.0,    "length of training; the paper: also 800 at 256 px"),
-    ("--batch",         count,    1024,   1024,   32,     "images in a step, over all processes"),
-    ("--micro-batch",   count,    32,     8,      32,     "most images in one forward; for DiT-DH-XL and 80 GB"),
-    ("--lr",            positive, 2e-4,   2e-4,   3e-3,   "learning rate of AdamW, betas (0.9, 0.95), no weight decay"),
-    ("--lr-end",        amount,   2e-5,   2e-5,   1e-4,   "learning rate from --decay-end on"),
-    ("--warmup",        amount,   0.0,    0.0,    0.4,    "epochs of linear warm-up"),
-    ("--decay-start",   amount,   40.0,   40.0,   None,   "epoch where --lr begins to fall; plain DiT: never"),
-    ("--decay-end",     amount,   800.0,  800.0,  None,   "epoch where the fall ends; demo: both by --epochs"),
-    ("--clip",          amount,   1.0,    1.0,    1.0,    "largest gradient norm; 0: no clipping; plain DiT: 0"),
-    ("--ema",           share,    0.9995, 0.9995, 0.995,  "decay of the weights' average; plain DiT: 0.9999"),
-    ("--label-dropout", share,    0.1,    0.1,    0.1,    "share of labels replaced by the null class"),
-    ("--init",          str,      None,   None,   None,   "weights to start from; published ones need their --stats"),
-    ("--stats",         str,      None,   None,   None,   "latent statistics (default: of --init, or measured)"),
-    ("--stats-images",  count,    50000,  50000,  4000,   "images on which the statistics are measured"),
-    ("--decoder",       str,      None,   None,   None,   "for previews and FID (default: of runs/<preset>, if there)"),
-    ("--preview-every", amount,   None,   None,   None,   "epochs between previews, or 0 (default: 5, >= 500 steps)"),
-    ("--keep-every",    amount,   0.0,    0.0,    0.0,    "epochs between copies dit-<epoch>.pt that stay; 0: none"),
-    ("--fid-every",     amount,   0.0,    0.0,    0.0,    "epochs between online FIDs, unguided; 0: none"),
-    ("--fid-reference", str,      None,   None,   None,   "its reference: VIRTUAL_*.npz, or of fid.py --save-stats"),
-    ("--fid-num",       count,    10000,  10000,  10000,  "images of an online FID; published ones are of 50,000"),
-    ("--inception-weights", str,  None,   None,   None,   "local file, instead of the download"),
+    # flag              paper        demo           meaning, and what else the paper has
+    ("--size",          256,         32,            "image side in pixels"),
+    ("--encoder",       "dinov2-b",  "random-tiny", f"{', '.join(ENCODERS)}, or a timm ViT by its name"),
+    ("--layers",        [int],       [int],         "encoder blocks, from 0, whose mean is the latent; none: the last"),
+    ("--model",         "DiT-DH-XL", "DiT-DH-tiny", "size of the model; DH: with the wide DDT head", *SIZES),
+    ("--qk-norm",       False,       False,         "RMSNorm on q and k, for bf16 training; the paper: without"),
+    ("--unconditional", False,       False,         "train without labels"),
+    ("--shift-base",    4096.0,      512.0,         "base of the time shift sqrt(C H W / base); --init keeps its own"),
+    ("--epochs",        80.0,        9.0,           "length of training; the paper: also 800 at 256 px"),
+    ("--batch",         1024,        32,            "images in a step, over all processes"),
+    ("--lr",            2e-4,        3e-3,          "learning rate of AdamW, betas (0.9, 0.95), no weight decay"),
+    ("--lr-end",        2e-5,        1e-4,          "learning rate from --decay-end on"),
+    ("--warmup",        0.0,         0.4,           "epochs of linear warm-up"),
+    ("--decay-start",   40.0,        3.0,           "epoch where --lr begins to fall linearly; plain DiT: never"),
+    ("--decay-end",     800.0,       0.0,           "epoch where the fall ends; 0: with the training"),
+    ("--clip",          1.0,         1.0,           "largest gradient norm; 0: no clipping, as for the plain DiT"),
+    ("--ema",           0.9995,      0.995,         "decay of the weights' average; plain DiT: 0.9999"),
+    ("--label-dropout", 0.1,         0.1,           "share of labels replaced by the null class"),
+    ("--stats",         None,        None,          "latent statistics (default: those of --init, or measured)"),
+    ("--stats-images",  50000,       4000,          "images on which the statistics are measured"),
+    ("--seed",          0,           0,             "seed of the weights and of everything that is drawn"),
 ]
-PLAIN_DIT = dict(decay_start=math.inf, decay_end=math.inf, clip=0.0, ema=0.9999)  # the paper's, without the DDT head
+RUN = [  # a resumed run may have these otherwise, if its images are as many and of the same classes
+    ("--data",          None,        "shapes",      "folder with a folder for each class; or `shapes`"),
+    ("--encoder-weights", None,      None,          "local file, instead of the download"),
+    ("--init",          None,        None,          "weights to start from; published ones need their --stats"),
+    ("--out",           None,        None,          "folder for what is written (default: runs/<preset>/dit)"),
+    ("--decoder",       None,        None,          "for previews (default: that of runs/<preset>, if it fits)"),
+    ("--micro-batch",   32,          32,            "most images in one forward, for DiT-DH-XL on 80 GB"),
+    ("--checkpointing", False,       False,         "recompute activations in backward: less memory, slower"),
+    ("--precision",     "tf32",      "tf32",        "of matrix products; on a CPU tf32 is float32", "tf32", "float32",
+                                                    "bf16"),
+    ("--compile",       "auto",      "auto",        "torch.compile; auto: on CUDA", "auto", "on", "off"),
+    ("--device",        DEVICES[0],  DEVICES[0],    "device of this process", *DEVICES),
+    ("--workers",       default_workers(), 0,       "loader processes for each GPU; by default by the cores"),
+    ("--log-every",     100,         100,           "steps between rows of log.csv"),
+    ("--preview-every", 5000,        500,           "steps between previews; 0: none"),
+    ("--save-every",    1000,        500,           "steps between checkpoints"),
+    ("--keep-every",    0,           0,             "steps between copies dit-<step>.pt that stay; 0: none"),
+]
+IMAGENET512 = {"--size": 512, "--epochs": 400.0, "--micro-batch": 8}
+PLAIN_DIT = dict(decay_start=math.inf, clip=0.0, ema=0.9999)  # the paper's without the DDT head
+MAY_DIFFER = {"--epochs", "--lr", "--lr-end"}  # and these of the recipe
 
 
 def parse_args(argv):
-    parser = make_parser(__doc__, RECIPE + RUN_FLAGS, argv)
+    parser = make_parser(__doc__, RECIPE + RUN, IMAGENET512, argv)
     args = parser.parse_args(argv)
     if "DH" not in args.model and args.preset != "demo":
         parser.set_defaults(**PLAIN_DIT)
         args = parser.parse_args(argv)
-    args.out = args.out or Path("runs", args.preset, "dit")
-    start, end = decay_epochs(args)
-    if start > end:
-        parser.error(f"--decay-start {start:g} comes after --decay-end {end:g}")
-    if bool(args.fid_every) != bool(args.fid_reference):
-        parser.error("--fid-every EPOCHS and --fid-reference NPZ need each other")
-    found = Path("runs", args.preset, "decoder", "decoder.pt")
-    if args.fid_every and not args.decoder and not found.exists():
-        parser.error(f"--fid-every needs a --decoder: there is no {found}")
-    if args.fid_num < 2:
-        parser.error(f"--fid-num {args.fid_num}: a covariance needs at least 2 images")
+    check_values(parser, args, {"size", "batch", "micro_batch", "epochs", "lr", "shift_base", "stats_images",
+                                "log_every", "save_every"})
+    args.out = Path(args.out or Path("runs", args.preset, "dit"))
+    if args.data is None:
+        parser.error("--data is missing: give a folder of images, or `shapes`")
+    if 0 < args.decay_end < args.decay_start < math.inf:
+        parser.error(f"--decay-start {args.decay_start:g} comes after --decay-end {args.decay_end:g}")
     return parser, args
 
 
@@ -94,24 +105,21 @@ def parse_args(argv):
 # Schedule and draws
 
 
-def decay_epochs(args):
-    """The first and the last epoch of the learning rate's fall. None, the demo's: the last two thirds of training."""
-    start, end = args.decay_start, args.decay_end
-    return args.epochs / 3 if start is None else start, args.epochs if end is None else end
-
-
 def lr_at(step, args, steps_per_epoch):
     """Learning rate of a step, counted from 0: linear warm-up, constant, then linear from lr to lr_end."""
     warm = min(1.0, (step + 1) / max(1, args.warmup * steps_per_epoch))
-    epoch, (start, end) = step / steps_per_epoch, decay_epochs(args)
-    decayed = min(1.0, (epoch - start) / max(end - start, 1e-9)) if epoch > start else 0.0
+    epoch, end = step / steps_per_epoch, args.decay_end or args.epochs
+    if epoch <= args.decay_start:
+        return warm * args.lr
+    decayed = min(1.0, (epoch - args.decay_start) / max(end - args.decay_start, 1e-9))
     return warm * (args.lr + decayed * (args.lr_end - args.lr))
 
 
 def draw(keys, labels, shape, null_class, label_dropout, generator):
-    """Everything random of a training step: times, noise, dropped labels; each image's from its own key.
+    """Everything random of a training step: times, noise, dropped labels.
 
-    So last.pt holds no state of a generator: step and seed say what is drawn.
+    Each image has a seed of its own in each epoch, its key (see `training_batches`). So what is drawn depends on
+    neither the batch nor the processes, and a resumed run draws the same numbers without any state of a generator.
     Returns t (B,) in (0, 1), logit-normal (section 4) and not yet shifted; noise (B, C, H, W); and the labels (B,), of
     which the share `label_dropout` is the null class, for classifier-free guidance.
     """
@@ -137,16 +145,25 @@ def by_time(losses, t):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run starts from: weights, statistics, the decoder for previews; its online FID
+# What a run starts from: weights, statistics, the decoder for previews
 
 
-def start_from(path, model, encoder):
+def load_initial(args, model, encoder):
     """Copy the weights of --init into the model -> what their file says besides: {"stats", "shift", ...}.
 
     Where the counts of classes differ, the class table stays new, but for the null class, its last row.
+    Raises ValueError for weights of another model or of other latents, and without latent statistics.
     """
-    trained, info = load_dit(path)
-    check_init(path, info, encoder, trained.config, model.config, but=("num_classes",))
+    trained, info = load_dit(args.init)
+    theirs, ours = latents_of(info.get("encoder", encoder.record)), latents_of(encoder.record)
+    if theirs != ours:
+        raise ValueError(f"--init {args.init} is for latents of {theirs}, not of {ours}: choose --encoder and --layers")
+    differ = [f"{key} {value} instead of {model.config[key]}" for key, value in trained.config.items()
+              if value != model.config[key] and key != "num_classes"]
+    if differ:
+        raise ValueError(f"--init {args.init} is another model: {', '.join(differ)}; choose --model, --size, ...")
+    if "stats" not in info and not args.stats:
+        raise ValueError(f"--init {args.init} has no latent statistics with it: give them with --stats")
     state, table = trained.state_dict(), "y_embedder.embedding_table.weight"
     if trained.num_classes != model.num_classes:
         state[table] = torch.cat([model.state_dict()[table][:-1], state[table][-1:]])
@@ -154,42 +171,177 @@ def start_from(path, model, encoder):
     return info
 
 
-def load_preview_decoder(args, encoder):
-    """The decoder for previews and online FID: --decoder, else that of runs/<preset>/; None without either of them.
+def measure_statistics(args, encoder, images, micro_batch, rank, world_size, device):
+    """Latent statistics over --stats-images images, chosen by the seed; each rank takes its share."""
+    order = np.random.default_rng(args.seed).permutation(len(images))[: args.stats_images]
+    if len(order) < 8:
+        raise ValueError(f"{len(order)} images are too few for latent statistics: give at least 8, or --stats stat.pt")
+    chosen = [(int(i), random_key(args.seed, int(i))) for i in order[rank::world_size]]
+    chosen = [chosen[i : i + micro_batch] for i in range(0, len(chosen), micro_batch)]
+    bar = tqdm(chosen, "latent statistics", disable=rank > 0)
+    return latent_statistics(encoder, make_loader(images, bar, args.workers, device), device)
+
+
+def preview_decoder(args, encoder):
+    """The decoder for previews: --decoder, else that of runs/<preset>/ where it fits; None without either of them.
 
     Raises ValueError for a --decoder of other latents.
     """
     path = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
-    if not args.fid_every and (args.preview_every == 0 or not args.decoder and not path.exists()):
+    if not args.preview_every or not args.decoder and not path.exists():
         return None
-    decoder, info = load_decoder(path, pixel_statistics(args.encoder))
-    name = info.get("encoder", dict(name=args.encoder))["name"]
-    if (name, decoder.latent_shape) == (args.encoder, encoder.latent_shape):
+    decoder, info = load_decoder(path, decoder_pixels(args.encoder), encoder.grid)
+    theirs, ours = latents_of(info.get("encoder", encoder.record)), latents_of(encoder.record)
+    if (theirs, decoder.latent_shape) == (ours, encoder.latent_shape):
         return decoder
-    if args.decoder or args.fid_every:
-        raise ValueError(f"{path} decodes other latents than those of {args.encoder} at {args.size} px: give another "
-                         "--decoder, or leave out previews by --preview-every 0 and --fid-every")
+    if args.decoder:
+        raise ValueError(f"{path} decodes {decoder.latent_shape} of {theirs}, this run draws {encoder.latent_shape} of "
+                         f"{ours}: give another --decoder, or --preview-every 0")
 
 
-def measure_statistics(args, encoder, images, micro_batch, device):
-    """Latent statistics over --stats-images images, chosen by the seed; each rank takes its share."""
-    order = np.random.default_rng(args.seed).permutation(len(images))[: args.stats_images]
-    chosen = [(int(i), random_key(args.seed, int(i))) for i in order[args.rank :: args.world_size]]
-    chosen = [chosen[i : i + micro_batch] for i in range(0, len(chosen), micro_batch)]
-    bar = tqdm(chosen, "latent statistics", disable=args.rank > 0)
-    return latent_statistics(encoder, make_loader(images, bar, args.workers, device), device)
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: flags, processes, checkpoints, the log. Both trainers have these functions, word for word, so that each file
+# can be read and copied alone.
 
 
-def online_fid(args, pictures, inception, reference, num_classes, batch, device):
-    """FID of pictures(indices, labels) with labels in turn; every rank draws and measures its share."""
-    statistics = FeatureStatistics(2048, device)
-    indices = range(args.rank, args.fid_num, args.world_size)
-    for i in tqdm(range(0, len(indices), batch), "FID", leave=False, disable=args.rank > 0):
-        part = indices[i : i + batch]
-        drawn = pictures(part, [index % max(num_classes, 1) for index in part])  # (B, H, W, 3)
-        statistics.update(inception(drawn.permute(0, 3, 1, 2))[0])
-    statistics.all_reduce()
-    return frechet_distance(statistics.mean, statistics.cov, reference["mu"], reference["sigma"])
+def make_parser(description, table, imagenet512, argv):
+    """A parser with a flag for each row: (flag, default of the paper, of the demo, meaning, choices where limited).
+
+    A flag's type is its default's. --preset picks the defaults; imagenet512 has those that differ at 512 px.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=("imagenet256", "imagenet512", "demo"), default="imagenet256",
+                       help="the defaults: the paper's for ImageNet, or a small demo's (default: imagenet256)")
+    preset = first.parse_known_args(argv)[0].preset
+    parser = argparse.ArgumentParser(description=description.partition("\n\n")[0], usage="%(prog)s [--flag VALUE ...]",
+                                     parents=[first], allow_abbrev=False)
+    for flag, paper, demo, meaning, *choices in table:
+        default = demo if preset == "demo" else imagenet512.get(flag, paper) if preset == "imagenet512" else paper
+        how = dict(type=str if default is None else type(default), choices=choices or None)
+        if default is False:
+            how = dict(action="store_true")
+        elif isinstance(default, list):  # the values; [type] where there are none
+            kind, default = (default[0], []) if isinstance(default[0], type) else (type(default[0]), default)
+            how = dict(type=kind, nargs=len(default) or "+")
+        shown = "" if default is None or default is False or default == [] else f" (default: {default})"
+        parser.add_argument(flag, default=default, help=(meaning + shown).replace("%", "%%"), **how)
+    return parser
+
+
+def check_values(parser, args, above_zero):
+    """Refuse empty texts, negative numbers, and 0 for the flags `above_zero`."""
+    for name, value in vars(args).items():
+        number = isinstance(value, (int, float))
+        if value == "" or number and not value >= 0 or name in above_zero and value == 0:
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small: give another value")
+
+
+def set_up(args):
+    """Join torchrun's processes and set the precision -> (rank, world size, device, autocast)."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = args.precision != "float32"
+    if world_size > 1:
+        # NCCL's own limit of ten minutes would end a run whose rank 0 takes longer over a checkpoint or a preview.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
+                                device_id=device if device.type == "cuda" else None)
+    return rank, world_size, device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def say(words):
+    """Print on rank 0, around the progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(words)
+        sys.stdout.flush()
+
+
+def compile_blocks(*models):
+    """Compile block by block: that is quick, and gradients leave for the other ranks early."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block at the bounds of DDP's buckets
+    for model in models:
+        for block in model.blocks:
+            block.compile(dynamic=False)  # a graph for each shape is faster than one for all
+
+
+def load_last(out, result, settings):
+    """last.pt of the folder `out`, or None for a new run. settings: what shapes the result and must be as it was.
+
+    Raises ValueError where last.pt is damaged or of other settings, and where the other checkpoint, `result`, is alone.
+    """
+    path = out / "last.pt"
+    if not path.exists():
+        if (out / result).exists() and not (out / "last.pt.tmp").exists():  # a killed first save leaves the latter
+            raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
+        return None
+    try:
+        # Mapped, 8 processes need not hold 17 GB each. Windows moves no file over a mapped one.
+        last = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+        before = last["settings"]
+    except Exception as error:  # what a damaged file raises differs between versions of torch
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): put back a copy, or move {out} away") from None
+    differ = [f"{name} {str(before.get(name))[:60]}, now {str(settings.get(name))[:60]}"
+              for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
+    if differ:
+        raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out, and "
+                         f"--init {out / result} to go on from its weights")
+    return last
+
+
+def save_checkpoint(files):
+    """Write {path: content} beside their places, then move them there in order: what is at a path is always whole."""
+    for path, content in files.items():
+        # A last.pt of 17 GB takes some 40 s with torch's checksums and 10 s without; torch.load does not look at them.
+        torch.serialization.set_crc32_options(path.name != "last.pt")
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    torch.serialization.set_crc32_options(True)
+    for path in files:
+        os.replace(f"{path}.tmp", path)
+
+
+class Log:
+    """Means over steps and ranks, as lines for the terminal and for log.csv, which rank 0 writes.
+
+    add() sums on the device and leaves out what is not finite. kept: how many bytes of log.csv stay, so that no step
+    stands in it twice. Images per second and the time left count previews and saves.
+    """
+
+    def __init__(self, out, columns, kept, start, rank):
+        self.columns, self.sums, self.step, self.time = columns, {}, start, time.perf_counter()
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = open(out / "log.csv" if rank == 0 else os.devnull, "ab")
+        if rank == 0:
+            self.file.truncate(min(kept, self.file.tell()))
+        if not self.file.tell():
+            self.file.write((",".join(columns) + "\n").encode())
+
+    def add(self, images=1, **values):
+        """Means over so many images, or one value for each image."""
+        for name, value in values.items():
+            value = value.detach().float().flatten()
+            finite = value.isfinite()
+            sums = torch.stack([value.where(finite, 0).sum(), finite.sum()]) * images
+            self.sums[name] = self.sums.get(name, 0) + sums
+
+    def line(self, step, total, epoch, batch, **numbers):
+        sums = torch.stack(list(self.sums.values()))  # (names, 2)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        seconds = (time.perf_counter() - self.time) / (step - self.step)
+        numbers |= {name: value / n for name, (value, n) in zip(self.sums, sums.tolist(), strict=True) if n}
+        numbers |= dict(images_per_s=batch / seconds, memory_gb=torch.cuda.max_memory_allocated() / 2**30)
+        row = dict(step=step, epoch=f"{epoch:.4f}") | {name: f"{value:.6g}" for name, value in numbers.items()}
+        self.file.write((",".join(str(row.get(name, "")) for name in self.columns) + "\n").encode())
+        self.file.flush()
+        self.sums, self.step, self.time = {}, step, time.perf_counter()
+        row["left"] = datetime.timedelta(seconds=int((total - step) * seconds))
+        return " ".join(f"{name} {value}" for name, value in row.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,89 +349,107 @@ def online_fid(args, pictures, inception, reference, num_classes, batch, device)
 
 
 def train(args):
-    device, autocast = set_up(args)
-    say = functools.partial(print, flush=True) if args.rank == 0 else (lambda _: None)
+    rank, world_size, device, autocast = set_up(args)
     source = image_source(args.data, args.size)
-    plan = Plan(args, len(source))
-    last, recorded, start = resume(args, "train_dit", "dit.pt", images=len(source), classes=source.classes)
-    if start >= plan.total:
-        say(f"finished: {args.out}/dit.pt has its {start / plan.steps_per_epoch:g} epochs; a larger --epochs goes on")
-        return
+    say(source.summary())
+    # The batch: a share for each process, in micro-batches whose gradients add up.
+    local_batch, rest = divmod(args.batch, world_size)
+    if rest or not local_batch:
+        raise ValueError(f"--batch {args.batch} does not divide over {world_size} processes")
+    accumulate = math.ceil(local_batch / args.micro_batch)
+    micro_batch = math.ceil(local_batch / accumulate)  # the last one may be smaller
+    steps_per_epoch = len(source) / args.batch
+    total = max(1, round(args.epochs * steps_per_epoch))
 
-    # The frozen encoder, and the model that learns to draw its latents.
-    encoder = Encoder(args.encoder, args.size, args.encoder_weights).to(device)
-    shape = encoder.latent_shape
+    # Where an earlier run stopped.
+    settings = {flag: vars(args)[flag.strip("-").replace("-", "_")] for flag, *_ in RECIPE if flag not in MAY_DIFFER}
+    settings |= dict(kind="train_dit", images=len(source), classes=source.classes)
+    last = load_last(args.out, "dit.pt", settings)
+    start = last["step"] if last else 0
+    if start >= total:
+        return say(f"finished: {args.out}/dit.pt has its {start} steps; a larger --epochs goes on")
+
+    # The frozen encoder, the decoder for previews, and the model that learns to draw the latents.
+    say(f"loading the encoder {args.encoder}")
+    encoder = Encoder(args.encoder, args.size, args.encoder_weights, args.layers).to(device)
+    decoder = preview_decoder(args, encoder) if rank == 0 else None
+    latent_dim, grid, _ = shape = encoder.latent_shape
     num_classes = 0 if args.unconditional else len(source.classes)
     label_dropout = 1.0 if args.unconditional else args.label_dropout
     torch.manual_seed(args.seed)
-    model = DiT(*shape[:2], num_classes, **SIZES[args.model], qk_norm=args.qk_norm, allow_narrow=args.allow_narrow)
-    # Shift and statistics are those of the run that goes on, else of --init, else computed (below).
-    origin = last or (start_from(args.init, model, args.encoder) if args.init else {})
-    shift = origin.get("shift") or shift_for(shape, args.shift_base)
-    stats = origin.get("stats")  # the weights of --init were trained on latents normalised with these
-    if args.stats and not last:
-        stats = load_stats(args.stats, shape)
-    if args.init and not stats:
-        raise ValueError(f"--init {args.init} has no latent statistics with it: give them with --stats")
-    decoder = load_preview_decoder(args, encoder)
-    if args.fid_every:
-        reference, inception = load_statistics(args.fid_reference), load_inception(args.inception_weights, device)
-    say(f"{source.root}: {len(source)} images, classes: {len(source.classes)} ({', '.join(source.classes[:5])})")
-    if decoder is None:
-        say("no previews: there is no decoder for these latents, or --preview-every is 0")
-
-    # Compiled block by block, before DDP; the average stays eager.
-    images = Images(source, functools.partial(center_crop_flip, size=args.size))
-    if args.compile:
-        compile_blocks(encoder.vit, model)
-    if stats is None:
-        with autocast:
-            stats = measure_statistics(args, encoder, images, plan.micro_batch, device)
-    stats = {key: value.to(device) for key, value in stats.items()}
+    model = DiT(latent_dim, grid, num_classes, **SIZES[args.model], qk_norm=args.qk_norm)
+    initial = load_initial(args, model, encoder) if args.init and not last else {}
+    shift = last["shift"] if last else initial.get("shift", shift_strength(shape, args.shift_base))
     model = model.to(device).train()
     model.checkpointing = args.checkpointing
-    ema = make_ema(model, args.ema)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    skipped = bad_in_a_row = 0
+    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
+        compile_blocks(encoder.vit, model)  # before DDP; the average stays eager
+
+    # The latent statistics: of the run that goes on, else of --stats, else of --init, else measured.
+    images = Images(source, functools.partial(center_crop_flip, size=args.size))
+    if last:
+        stats = last["stats"]
+    elif args.stats:
+        stats = load_stats(args.stats, shape)
+    elif args.init:
+        stats = initial["stats"]
+    else:
+        with autocast:
+            stats = measure_statistics(args, encoder, images, micro_batch, rank, world_size, device)
+    stats = {key: value.to(device) for key, value in stats.items()}
+
     if last:
         model.load_state_dict(last["model"])
-        ema.module.load_state_dict(last["ema"])
+        ema.load_state_dict(last["ema"])
         optimizer.load_state_dict(last["optimizer"])
-        skipped = last["skipped"]
-        last = origin = None  # last.pt is memory-mapped: release it
-    ddp = distribute(model, device)
-    if decoder and (args.rank == 0 or args.fid_every):
-        decoder = decoder.to(device)
-    say(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; time shift {shift:.2f}; "
-        f"{plan.words}; from step {start}")
+    kept = last["log_bytes"] if last else 0
+    last = None  # last.pt is memory-mapped: release it
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
+    ddp.broadcast_buffers = False  # they are equal on all ranks
 
     def checkpoint(done):
-        result = dict(kind="dit", config=model.config, model=ema.module.state_dict(), stats=stats, shift=shift,
-                      encoder=encoder.record, label_dropout=label_dropout, epoch=done / plan.steps_per_epoch,
+        result = dict(kind="dit", config=model.config, model=ema.state_dict(), stats=stats, shift=shift,
+                      encoder=encoder.record, label_dropout=label_dropout, epoch=done / steps_per_epoch,
                       classes=source.classes if num_classes else [])
         files = {args.out / "stat.pt": stats, args.out / "dit.pt": result}
-        if plan.due(done, args.keep_every):
-            epoch = args.keep_every * round(done / plan.steps_per_epoch / args.keep_every)
-            files[args.out / f"dit-{epoch:g}.pt"] = result
-        last = dict(kind="train_dit", args=recorded, step=done, model=model.state_dict(), ema=ema.module.state_dict(),
-                    optimizer=optimizer.state_dict(), stats=stats, shift=shift, skipped=skipped)
-        save_checkpoint(files | {args.out / "last.pt": last})
+        if args.keep_every and done % args.keep_every == 0:
+            files[args.out / f"dit-{done}.pt"] = result
+        last = dict(settings=settings, step=done, model=model.state_dict(), ema=ema.state_dict(), stats=stats,
+                    optimizer=optimizer.state_dict(), shift=shift, log_bytes=log.file.tell())
+        save_checkpoint(files | {args.out / "last.pt": last})  # last.pt comes last: it finds the others of its step
 
-    def pictures(indices, labels):
-        """Unguided samples of the average, uint8 (n, S, S, 3); sample i starts from the noise of (seed, i)."""
-        velocity = guided(ema.module, torch.tensor(labels, device=device))
-        x = sample(velocity, sample_noise(args.seed, indices, shape).to(device), shift=shift)
-        return to_uint8(decoder(denormalize(x, stats)))
+    def preview(done):
+        labels = torch.arange(16, device=device) * num_classes // 16
+        noise = sample_noise(args.seed, range(16), shape).to(device)
+        x = sample(guided(ema, labels), noise, shift=shift)  # (16, C, H, W)
+        images = to_uint8(decoder(denormalize(x, stats))).cpu()  # (16, S, S, 3)
+        image_grid(images, 8).save(args.out / f"preview-{done}.png")
 
-    batches, steps = training_loader(images, args, plan, start, device)
+    signals = []
+
+    def stop_after_step(number, frame):  # it may come at any time, so it touches no tensor
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C stops at once\n" if rank == 0 else b"")
+
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, stop_after_step)
+
+    say(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; time shift {shift:.2f}; "
+        f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
+        f"{steps_per_epoch:.4g} an epoch; from step {start}" + ("" if decoder else "; no previews"))
+    parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
+    batches = iter(make_loader(images, parts, args.workers, device))
     generator = torch.Generator(device)
-    preview_every = plan.interval(args.preview_every, 5)
-    log = Log(args, plan, ["loss", *LOSS_BY_TIME, "grad_norm", "lr", "fid"], start, device)
-    stopping = stop_by_signal(args.rank)
-    for step in steps:
-        lr = optimizer.param_groups[0]["lr"] = lr_at(step, args, plan.steps_per_epoch)
-        for micro in range(plan.accumulate):
-            ddp.require_backward_grad_sync = micro == plan.accumulate - 1  # ranks exchange gradients in the last
+    columns = ["step", "epoch", "loss", *LOSS_BY_TIME, "grad_norm", "lr", "images_per_s", "memory_gb"]
+    log = Log(args.out, columns, kept, start, rank)
+    for step in tqdm(range(start, total), "training", total, initial=start, disable=rank > 0, dynamic_ncols=True):
+        lr = optimizer.param_groups[0]["lr"] = lr_at(step, args, steps_per_epoch)
+        for micro in range(accumulate):
+            ddp.require_backward_grad_sync = micro == accumulate - 1  # ranks exchange gradients in the last
             pixels, labels, keys = next(batches)  # (B, 3, S, S) uint8, (B,), (B,)
             pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             t, noise, labels = draw(keys, labels, shape, model.null_class, label_dropout, generator)
@@ -288,40 +458,48 @@ def train(args):
                 x = normalize(encoder(pixels.float() / 255), stats)  # (B, C, H, W)
                 # x_t = (1 - t) x + t noise; the loss is |v(x_t, t, labels) - (noise - x)|^2, averaged over each image
                 losses = flow_matching_loss(ddp, x, labels, t, noise)  # (B,)
-            (losses.sum() / plan.local_batch).backward()  # DDP averages over ranks: the gradient of the batch's mean
-            log.add(loss=losses, **by_time(losses.detach(), t))
+            (losses.sum() / local_batch).backward()  # DDP averages over ranks: the gradient of the batch's mean
+            log.add(loss=losses, **by_time(losses, t))
         norm = clip_grad_norm_(model.parameters(), args.clip or math.inf)  # inf only measures
         log.add(grad_norm=norm)
-        norm, loss, stop = agree(stopping, norm, losses.detach().mean())
-        finite = math.isfinite(norm)
-        if finite:  # else weights, moments and average stay as they are
+        stop = torch.full_like(norm, len(signals))
+        if world_size > 1:
+            dist.all_reduce(stop)
+        norm, stop = torch.stack([norm, stop]).tolist()  # the host waits for the device
+        if math.isfinite(norm):
             optimizer.step()
-            ema.update(model, step + 1)
-        optimizer.zero_grad(set_to_none=args.world_size == 1)  # DDP's are views of its buckets: zero in place
+            decay = min(args.ema, step / (step + 9))  # the first steps replace the initial weights
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        else:
+            say(f"step {step}: the gradient is not finite; weights, moments and average stay as they are")
+        optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's are views of its buckets: zero in place
 
         done = step + 1
-        skipped, bad_in_a_row = skipped + (not finite), 0 if finite else bad_in_a_row + 1
-        end = done == plan.total or stop or bad_in_a_row == GIVE_UP_AFTER
-        log.step(loss)
-        if done % plan.log_every == 0 or end:
-            log.row(done, lr=lr, skipped=skipped)
-        if decoder and args.rank == 0 and preview_every and (plan.due(done, preview_every) or done == plan.total):
-            grid = image_grid(pictures(range(16), [i * num_classes // 16 for i in range(16)]).cpu(), 8)
-            grid.save(args.out / f"preview-{done / plan.steps_per_epoch:.2f}.png")
-        if args.rank == 0 and (plan.due(done, plan.save_every) or plan.due(done, args.keep_every) or end):
+        end = done == total or stop > 0
+        if done % args.log_every == 0 or end:
+            say(log.line(done, total, done / steps_per_epoch, args.batch, lr=lr))
+        if decoder and (done % args.preview_every == 0 or done == total):
+            preview(done)
+        keep = args.keep_every and done % args.keep_every == 0
+        if rank == 0 and (done % args.save_every == 0 or keep or end):
             checkpoint(done)  # after the preview: a run that goes on from here would not draw it
-        if args.fid_every and (plan.due(done, args.fid_every) or done == plan.total):  # minutes: the step is saved
-            score = online_fid(args, pictures, inception, reference, num_classes, plan.micro_batch, device)
-            log.write(done, fid=score)
         if end:
             break
-    finish(args, done, stop, bad_in_a_row)
+    if done < total:
+        say(f"stopped and saved at step {done}; the same command resumes")
+    if unreadable := int(images.unreadable.sum()):
+        print(f"rank {rank}: {unreadable} images could not be read, see above; others took their place", flush=True)
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    with one_line_refusals(parser):
+    try:
         train(args)
+    except ValueError as error:  # bad input: the message names the value and the fix
+        parser.error(str(error))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

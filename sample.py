@@ -33,39 +33,11 @@ from dit import denormalize, guided, load_dit, load_stats, sample, sample_noise,
 from encoder import (Encoder, center_crop, decoder_pixels, default_workers, evaluation_batches, fill_up, image_source,
                      latents_of, open_image)
 
-DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-FLAGS = [
-    # flag              ImageNet     demo           meaning
-    ("--published",     False,       False,         "the authors' models with their AutoGuidance, fetched once"),
-    ("--dit",           None,        None,          "diffusion model (default: runs/<preset>/dit/dit.pt)"),
-    ("--decoder",       None,        None,          "decoder (default: runs/<preset>/decoder/decoder.pt)"),
-    ("--stats",         None,        None,          "latent statistics of a bare diffusion model"),
-    ("--encoder",       "dinov2-b",  "random-tiny", "encoder, for files that do not name it"),
-    ("--layers",        [int],       [int],         "its layers, for files that do not name it"),
-    ("--encoder-weights", None,      None,          "for --reconstruct: local file, instead of the download"),
-    ("--classes",       [str],       [str],         "classes by name or number (default: the first ten)"),
-    ("--per-class",     4,           10,            "images of each class"),
-    # not --num: torchrun takes that for an abbreviation of flags of its own
-    ("--num-samples",   0,           0,             "draw so many images instead, all classes equally often, shuffled"),
-    ("--unconditional", False,       False,         "draw without a class"),
-    ("--scale",         1.0,         2.0,           "guidance scale; 1: none; the paper's --guide: 1.42, at 512 px 1.5"),
-    ("--guide",         None,        None,          "weaker diffusion model: AutoGuidance instead of CFG"),
-    ("--interval",      [0.0, 1.0],  [0.0, 1.0],    "lowest and highest (shifted) time t that is guided"),
-    ("--steps",         50,          25,            "Euler steps"),
-    ("--trajectory",    False,       False,         "eight estimates of each clean image, from t = 1 to 0"),
-    ("--reconstruct",   None,        None,          "photo or folder to encode and decode, instead of sampling"),
-    ("--out",           "samples.png", "samples.png", ".png: a grid; .npz: uint8 (n, S, S, 3), for fid.py"),
-    ("--overwrite",     False,       False,         "replace an npz that exists"),
-    ("--batch",         32,          100,           "images at a time in each process"),
-    ("--seed",          0,           0,             "seed of the starting noise and of the order of labels"),
-    ("--precision",     "tf32",      "tf32",        "of matrix products; on a CPU tf32 is float32", "tf32", "float32",
-                                                    "bf16"),
-    ("--compile",       "auto",      "auto",        "torch.compile; auto: on CUDA from --num-samples 1000", "auto", "on",
-                                                    "off"),
-    ("--device",        DEVICES[0],  DEVICES[0],    "device of this process", *DEVICES),
-    ("--workers",       default_workers(), 0,       "loader processes for each GPU; by default by the cores"),
-]
-IMAGENET512 = {"--batch": 8}
+PRESETS = {  # what differs from the defaults
+    "imagenet256": {},
+    "imagenet512": dict(batch=8),
+    "demo": dict(encoder="random-tiny", scale=2.0, steps=25, batch=100),
+}
 AUTHORS = "hf:nyu-visionx/RAE-collections"
 PUBLISHED = {
     "imagenet256": dict(
@@ -82,18 +54,52 @@ PUBLISHED = {
 
 
 def parse_args(argv):
-    parser = make_parser(__doc__, FLAGS, IMAGENET512, argv)
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], usage="%(prog)s [--flag VALUE ...]",
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="imagenet256", help="whose defaults; those of imagenet256 are shown here")
+    add("--published", action="store_true", help="the authors' models with their AutoGuidance, 5.8 GB, fetched once")
+    add("--dit", metavar="FILE", help="diffusion model (default: runs/<preset>/dit/dit.pt)")
+    add("--decoder", metavar="FILE", help="decoder (default: runs/<preset>/decoder/decoder.pt)")
+    add("--stats", metavar="FILE", help="latent statistics, for a bare diffusion model")
+    add("--encoder", default="dinov2-b", help="encoder, for files that do not name it (default: %(default)s)")
+    add("--layers", type=int, nargs="+", default=[], help="the encoder's layers, for files that do not name them")
+    add("--encoder-weights", metavar="FILE", help="for --reconstruct: local file, instead of the download")
+    add("--classes", nargs="+", default=[], help="classes by name or number (default: the first ten)")
+    add("--per-class", type=int, help="images of each class (default: 4; demo: 10; with --trajectory: 1)")
+    # not --num: torchrun takes that for an abbreviation of flags of its own
+    add("--num-samples", type=int, default=0, help="draw so many images instead, all classes equally often, shuffled")
+    add("--unconditional", action="store_true", help="draw without a class")
+    add("--scale", type=float, default=1.0, help="guidance scale, 1: none; the paper's with --guide: 1.42, at 512 px "
+        "1.5 (default: %(default)s; demo: 2)")
+    add("--guide", metavar="FILE", help="weaker diffusion model: AutoGuidance instead of classifier-free guidance")
+    add("--interval", type=float, nargs=2, default=[0.0, 1.0], help="lowest and highest (shifted) time t to guide")
+    add("--steps", type=int, default=50, help="Euler steps (default: %(default)s; demo: 25)")
+    add("--trajectory", action="store_true", help="eight estimates of each clean image, from t = 1 to 0")
+    add("--reconstruct", metavar="PATH", help="photo or folder to encode and decode, instead of sampling")
+    add("--out", type=Path, default=Path("samples.png"), help=".png: a grid; .npz: uint8 (n, S, S, 3), for fid.py "
+        "(default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace an npz that exists")
+    add("--batch", type=int, default=32, help="images at a time in each process (default: %(default)s; 512 px: 8)")
+    add("--seed", type=int, default=0, help="seed of the starting noise and of the order of labels (default: 0)")
+    add("--precision", choices=("tf32", "float32", "bf16"), default="tf32", help="of matrix products; on a CPU tf32 is "
+        "float32 (default: %(default)s)")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto, the default: on CUDA "
+        "from 1,000 samples on")
+    add("--device", choices=devices, default=devices[0], help="device of this process (default: %(default)s)")
+    add("--workers", type=int, default=default_workers(), help="loader processes for each GPU (default: by the cores)")
     args = parser.parse_args(argv)
-    if args.published:
-        if args.preset == "demo":
-            parser.error("--published: the authors have no demo, leave --preset out or give imagenet512")
-        parser.set_defaults(**PUBLISHED[args.preset])
-        args = parser.parse_args(argv)
-        args.guide = args.guide if args.scale != 1 else None
+    if args.published and args.preset == "demo":
+        parser.error("--published: the authors have no demo, leave --preset out or give imagenet512")
+    parser.set_defaults(**PRESETS[args.preset] | (PUBLISHED[args.preset] if args.published else {}))
+    args = parser.parse_args(argv)
+    if args.published and args.scale == 1:
+        args.guide = None
     check_values(parser, args, {"per_class", "steps", "batch"})
+    args.per_class = args.per_class or (1 if args.trajectory else 10 if args.preset == "demo" else 4)
     args.dit = args.dit or Path("runs", args.preset, "dit", "dit.pt")
     args.decoder = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
-    args.out = Path(args.out)
     if not args.interval[0] <= args.interval[1] <= 1:
         parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give LOW <= HIGH <= 1")
     if args.classes and (args.num_samples or args.unconditional):
@@ -113,31 +119,7 @@ def parse_args(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flags, processes, compilation: as in the trainers, word for word
-
-
-def make_parser(description, table, imagenet512, argv):
-    """A parser with a flag for each row: (flag, default of the paper, of the demo, meaning, choices where limited).
-
-    A flag's type is its default's. --preset picks the defaults; imagenet512 has those that differ at 512 px.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=("imagenet256", "imagenet512", "demo"), default="imagenet256",
-                       help="the defaults: the paper's for ImageNet, or a small demo's (default: imagenet256)")
-    preset = first.parse_known_args(argv)[0].preset
-    parser = argparse.ArgumentParser(description=description.partition("\n\n")[0], usage="%(prog)s [--flag VALUE ...]",
-                                     parents=[first], allow_abbrev=False)
-    for flag, paper, demo, meaning, *choices in table:
-        default = demo if preset == "demo" else imagenet512.get(flag, paper) if preset == "imagenet512" else paper
-        how = dict(type=str if default is None else type(default), choices=choices or None)
-        if default is False:
-            how = dict(action="store_true")
-        elif isinstance(default, list):  # the values; [type] where there are none
-            kind, default = (default[0], []) if isinstance(default[0], type) else (type(default[0]), default)
-            how = dict(type=kind, nargs=len(default) or "+")
-        shown = "" if default is None or default is False or default == [] else f" (default: {default})"
-        parser.add_argument(flag, default=default, help=(meaning + shown).replace("%", "%%"), **how)
-    return parser
+# Checks, processes, compilation: as in the trainers, word for word
 
 
 def check_values(parser, args, above_zero):

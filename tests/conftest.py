@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 NO_DOWNLOADS = tempfile.TemporaryDirectory(prefix="torch-home-")  # goes when the tests end
 # A test that asks for a download fails at once instead of waiting, and finds nothing downloaded before.
-os.environ |= {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "TORCH_HOME": NO_DOWNLOADS.name}
+os.environ |= {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "TORCH_HOME": NO_DOWNLOADS.name,
+               "HF_HOME": NO_DOWNLOADS.name}
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other would cost more
 
 
@@ -140,7 +141,8 @@ def save_tiny_dino(path):
 
     train_decoder.DINO.update(TINY_DINO)
     torch.manual_seed(0)
-    torch.save(timm.create_model(**train_decoder.DINO, num_classes=0).state_dict(), path)
+    options = {key: value for key, value in train_decoder.DINO.items() if key != "model"}
+    torch.save(timm.create_model(train_decoder.DINO["model"], **options).state_dict(), path)
     return path
 
 

@@ -18,7 +18,7 @@ SIZES = {
     "ViT-L": dict(width=1024, depth=24, heads=16, mlp=4096),  # 303.9 M, 0.50
     "ViT-XL": dict(width=1152, depth=28, heads=16, mlp=4096),  # 415.1 M, 0.49
     "ViT-S": dict(width=384, depth=12, heads=6, mlp=1536),  # 21.9 M; for one small GPU, not the paper's
-    "ViT-tiny": dict(width=128, depth=3, heads=4, mlp=512),  # demo
+    "ViT-tiny": dict(width=256, depth=1, heads=4, mlp=1024),  # demo
 }
 
 

@@ -31,7 +31,7 @@ SIZES |= {name.replace("DiT", "DiT-DH"): size | dict(head_width=2048, head_depth
           for name, size in SIZES.items()}
 # For one small GPU or a laptop, and for the demo; not the paper's.
 SIZES["DiT-DH-Ti"] = dict(width=192, depth=12, heads=3, head_width=768, head_depth=2, head_heads=12)  # 32.3 M
-SIZES["DiT-DH-tiny"] = dict(width=96, depth=3, heads=4, head_width=160, head_depth=1, head_heads=4)
+SIZES["DiT-DH-tiny"] = dict(width=96, depth=2, heads=4, head_width=256, head_depth=1, head_heads=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ def pretrained(model, weights, flag, **options):
     """
     overlay = dict(file=str(weights), custom_load=False) if weights else None
     try:
+        if weights:
+            open(weights, "rb").close()  # timm says less where it is missing
         return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # the hub's client and the readers of files raise many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:200]
@@ -256,9 +258,14 @@ def center_crop_flip(image, size, rng):
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
+def refuse_folder(error):
+    raise ValueError(f"cannot read the folder {error.filename} ({error.strerror}): make it readable")
+
+
 def folders_in(root):
     """The names of the folders in a folder, sorted, without hidden ones."""
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    _, names, _ = next(os.walk(root, onerror=refuse_folder))
+    return sorted(name for name in names if not name.startswith("."))
 
 
 class ImageFolder:
@@ -267,7 +274,7 @@ class ImageFolder:
     Labels follow the first-level folders in sorted order, whatever lies deeper. A folder without folders is one class.
     Where its folders are all among train, val, valid, validation and test, its train/ is read. Files are those with an
     ending that Pillow reads, sorted within classes; hidden ones are left out. Links are followed, but below the classes
-    each folder is read once: a link to a folder above it would never end.
+    each folder is read once, and links to folders above it are not followed: they would never end.
     Attributes: root, the folder that is read; classes, their names; paths and labels, arrays of one item per image;
     left_out, how many files of each other ending there are.
     Raises ValueError for a folder that is missing or unreadable, without images, with an empty class, with a name that
@@ -284,10 +291,10 @@ class ImageFolder:
                 raise ValueError(f"{root} holds {names[0]}/ but no train/: give {root / names[0]}, or add train/")
             root = root / "train"
             names = folders_in(root)
-        for name in names:
-            if os.fsencode(name).decode(errors="replace") != name:
-                raise ValueError(f"the name of the folder {os.fsencode(root / name)} is not UTF-8: rename it")
         self.root, self.classes = root, names or [root.resolve().name]
+        for name in self.classes:
+            if os.fsencode(name).decode(errors="replace") != name:
+                raise ValueError(f"the name of the folder {os.fsencode(name)} is not UTF-8: rename it")
         self.left_out = collections.Counter()
         endings = tuple(Image.registered_extensions().keys() - {".pdf"})  # Pillow only writes PDF
 
@@ -297,18 +304,15 @@ class ImageFolder:
             self.left_out.update(Path(name).suffix or "without ending" for name in set(files) - set(images))
             return [os.path.join(parent, name) for name in images]
 
-        def refuse(error):
-            raise ValueError(f"cannot read the folder {error.filename} ({error.strerror}): make it readable")
-
         loose = images_in(root, [path.name for path in root.iterdir() if path.is_file()]) if names else []
         if loose:
             raise ValueError(f"{root} holds both class folders and images ({loose[0]}): move the images away")
         folders = [root / name for name in names] or [root]
-        entered = {os.path.realpath(folder) for folder in [root, *folders]}
+        entered = {os.path.realpath(folder) for folder in [root, *root.resolve().parents, *folders]}
         paths, labels = [], []
         for label, folder in enumerate(folders):
             before = len(paths)
-            for parent, inside, files in os.walk(folder, followlinks=True, onerror=refuse):
+            for parent, inside, files in os.walk(folder, followlinks=True, onerror=refuse_folder):
                 inside[:] = [name for name in sorted(inside) if not name.startswith(".")
                              and os.path.realpath(os.path.join(parent, name)) not in entered]
                 entered.update(os.path.realpath(os.path.join(parent, name)) for name in inside)
@@ -329,8 +333,9 @@ class ImageFolder:
         """One line: how many images are used, how many classes, and what is left out."""
         classes = ", ".join(self.classes[:5] + ["..."] * (len(self.classes) > 5))
         left_out = ", ".join(f"{ending} {count}" for ending, count in self.left_out.most_common())
-        return (f"{self.root}: {len(self)} images, classes: {len(self.classes)} ({classes})"
-                + (f"; left out: {left_out}" if left_out else ""))
+        line = f"{self.root}: {len(self)} images, classes: {len(self.classes)} ({classes})"
+        line += f"; left out: {left_out}" if left_out else ""
+        return line.encode(errors="replace").decode()  # a path need not be UTF-8
 
 
 def polygon(corners, turn=0.0, inner=1.0):

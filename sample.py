@@ -97,17 +97,19 @@ def parse_args(argv):
     if args.published and args.scale == 1:
         args.guide = None
     check_values(parser, args, {"per_class", "steps", "batch"})
+    if args.classes and (args.num_samples or args.unconditional):
+        parser.error("--classes goes neither with --num-samples, which draws all classes, nor with --unconditional")
+    if args.per_class and args.num_samples:
+        parser.error("--per-class does not go with --num-samples, which draws all classes equally often")
     args.per_class = args.per_class or (1 if args.trajectory else 10 if args.preset == "demo" else 4)
     args.dit = args.dit or Path("runs", args.preset, "dit", "dit.pt")
     args.decoder = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
     if not args.interval[0] <= args.interval[1] <= 1:
         parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give LOW <= HIGH <= 1")
-    if args.classes and (args.num_samples or args.unconditional):
-        parser.error("--classes goes neither with --num-samples, which draws all classes, nor with --unconditional")
     if args.trajectory and (args.steps < 8 or args.reconstruct):
         parser.error(f"--trajectory needs sampling in at least 8 steps, not --steps {args.steps} or --reconstruct")
-    if args.out.suffix not in (".png", ".npz") or args.out.is_dir():
-        parser.error(f"--out {args.out}: give a .png or an .npz")
+    if args.out.suffix not in (".png", ".npz") or args.out.is_dir() or args.out.parent.is_file():
+        parser.error(f"--out {args.out}: give a .png or an .npz, in a folder")
     if args.out.suffix == ".npz" and args.out.exists() and not args.overwrite:
         parser.error(f"--out {args.out} exists: give --overwrite to replace it, or another name")
     if args.reconstruct and not os.path.exists(args.reconstruct) and args.reconstruct != "shapes":
@@ -123,11 +125,11 @@ def parse_args(argv):
 
 
 def check_values(parser, args, above_zero):
-    """Refuse empty texts, negative numbers, and 0 for the flags `above_zero`."""
+    """Refuse empty texts, negative numbers, and 0 and infinity for the flags `above_zero`."""
     for name, value in vars(args).items():
         number = isinstance(value, (int, float))
-        if value == "" or number and not value >= 0 or name in above_zero and value == 0:
-            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small: give another value")
+        if value == "" or number and not value >= 0 or name in above_zero and value in (0, math.inf):
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small, or infinite: give another value")
 
 
 def set_up(args):
@@ -201,8 +203,10 @@ def load_decoder_of(args, record, grid):
 
 def labels_of(args, model, names):
     """The class of every sample in order; the null class where there is none. Says what is drawn."""
+    if args.classes and not model.num_classes:
+        raise ValueError(f"--classes {' '.join(args.classes)}: {args.dit} has no classes, leave the flag out")
     if args.unconditional or not model.num_classes:
-        count = args.num_samples or args.per_class * (1 if args.unconditional else max(1, len(args.classes)))
+        count = args.num_samples or args.per_class
         say(f"drawing {count} samples without a class")
         return [model.null_class] * count
     if args.num_samples:  # balanced; in turn, each split of the Inception score would be balanced too, and it too high
@@ -311,7 +315,7 @@ def write_images(args, rank, world_size, device, shape, size, columns, batches):
             images = next(batches, torch.empty(0, *shape[1:], dtype=torch.uint8, device=device))
             parts = [images]
             if world_size > 1:
-                images = torch.cat([images, images.new_zeros(size - len(images), *shape[1:])])
+                images = torch.cat([images, images.new_zeros(size - len(images), *shape[1:])]).contiguous()
                 parts = [torch.empty_like(images) for _ in range(world_size)] if rank == 0 else None
                 dist.gather(images, parts)
             for part in parts or []:
@@ -355,8 +359,8 @@ def main(argv=None):
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so that write_images cleans up
     try:
         (reconstruct if args.reconstruct else generate)(args, *set_up(args))
-    except ValueError as error:  # bad input: the message names the value and the fix
-        parser.error(str(error))
+    except ValueError as error:  # bad input, named in the last line; a loader's process puts its traceback before
+        parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -44,19 +44,19 @@ DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 RECIPE = [
     # flag              paper        demo           meaning, and what else the paper has
     ("--size",          256,         32,            "image side in pixels, as decoded"),
-    ("--resize",        384,         32,            "shorter side in pixels before the crop; the paper: 1.5 x --size"),
+    ("--resize",        0,           0,             "shorter side before the crop; 0: 1.5 x --size (shapes: 1 x)"),
     ("--encoder",       "dinov2-b",  "random-tiny", f"{', '.join(ENCODERS)}, or a timm ViT by its name"),
     ("--encoder-size",  0,           0,             "encoder's image side; 256 with --size 512: upsampling; 0: --size"),
     ("--layers",        [int],       [int],         "encoder blocks, from 0, whose mean is the latent; none: the last"),
     ("--model",         "ViT-XL",    "ViT-tiny",    "size of the decoder", *SIZES),
-    ("--tau",           0.8,         0.1,           "latents get noise of sigma = tau |n|, n ~ N(0, 1); 0: none"),
+    ("--tau",           0.8,         0.05,          "latents get noise of sigma = tau |n|, n ~ N(0, 1); 0: none"),
     ("--lpips",         1.0,         0.0,           "weight of the perceptual loss; 0: off"),
     ("--gan",           0.75,        0.0,           "weight of the GAN loss, times the adaptive weight; 0: off"),
     ("--disc-start",    6.0,         1.0,           "epoch where the discriminator begins to train"),
     ("--gan-start",     8.0,         1.5,           "epoch from which the GAN loss trains the decoder"),
-    ("--epochs",        16.0,        3.0,           "length of training and of the cosine schedules"),
+    ("--epochs",        16.0,        5.0,           "length of training and of the cosine schedules"),
     ("--batch",         512,         16,            "images in a step, over all processes"),
-    ("--lr",            2e-4,        2e-3,          "learning rate of both AdamWs, without weight decay"),
+    ("--lr",            2e-4,        4e-3,          "learning rate of both AdamWs, without weight decay"),
     ("--lr-end",        2e-5,        3e-5,          "learning rate at the end of the cosine"),
     ("--warmup",        1.0,         0.2,           "epochs of linear warm-up, of each model from its start"),
     ("--betas",         [0.9, 0.95], [0.9, 0.95],   "betas of both AdamWs; the paper: 0.5 0.9"),
@@ -82,7 +82,7 @@ RUN = [  # a resumed run may have these otherwise, if its images are as many and
     ("--lpips-weights", None,        None,          "heads of LPIPS: local file, instead of the download"),
     ("--dino-weights",  None,        None,          "the discriminator's DINO ViT-S/8: local file"),
 ]
-IMAGENET512 = {"--size": 512, "--resize": 768, "--micro-batch": 4}
+IMAGENET512 = {"--size": 512, "--micro-batch": 4}
 MAY_DIFFER = {"--epochs", "--lr", "--lr-end"}  # and these of the recipe
 
 
@@ -92,6 +92,7 @@ def parse_args(argv):
     check_values(parser, args, {"size", "batch", "micro_batch", "epochs", "lr", "log_every", "save_every"})
     args.out = Path(args.out or Path("runs", args.preset, "decoder"))
     args.encoder_size = args.encoder_size or args.size
+    args.resize = args.resize or (args.size if args.data == "shapes" else args.size * 3 // 2)
     if args.data is None:
         parser.error("--data is missing: give a folder of images, or `shapes`")
     if args.resize < args.size:
@@ -338,11 +339,11 @@ def make_parser(description, table, imagenet512, argv):
 
 
 def check_values(parser, args, above_zero):
-    """Refuse empty texts, negative numbers, and 0 for the flags `above_zero`."""
+    """Refuse empty texts, negative numbers, and 0 and infinity for the flags `above_zero`."""
     for name, value in vars(args).items():
         number = isinstance(value, (int, float))
-        if value == "" or number and not value >= 0 or name in above_zero and value == 0:
-            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small: give another value")
+        if value == "" or number and not value >= 0 or name in above_zero and value in (0, math.inf):
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small, or infinite: give another value")
 
 
 def set_up(args):
@@ -382,6 +383,8 @@ def load_last(out, result, settings):
     Raises ValueError where last.pt is damaged or of other settings, and where the other checkpoint, `result`, is alone.
     """
     path = out / "last.pt"
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: give a folder")
     if not path.exists():
         if (out / result).exists() and not (out / "last.pt.tmp").exists():  # a killed first save leaves the latter
             raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
@@ -426,7 +429,7 @@ class Log:
         out.mkdir(parents=True, exist_ok=True)
         self.file = open(out / "log.csv" if rank == 0 else os.devnull, "ab")
         if rank == 0:
-            self.file.truncate(min(kept, self.file.tell()))
+            self.file.seek(self.file.truncate(min(kept, self.file.tell())))
         if not self.file.tell():
             self.file.write((",".join(columns) + "\n").encode())
 
@@ -460,7 +463,6 @@ class Log:
 def train(args):
     rank, world_size, device, autocast = set_up(args)
     source = image_source(args.data, args.size)
-    say(source.summary())
     # The batch: a share for each process, in micro-batches whose gradients add up.
     local_batch, rest = divmod(args.batch, world_size)
     if rest or not local_batch:
@@ -477,17 +479,15 @@ def train(args):
     last = load_last(args.out, "decoder.pt", settings)
     start = last["step"] if last else 0
     if start >= total:
-        return say(f"finished: {args.out}/decoder.pt has its {start} steps; a larger --epochs goes on, at the learning "
-                   "rates of its own, longer cosine")
+        return say(f"finished: {args.out}/decoder.pt has its {start} steps; a larger --epochs goes on, on its cosine")
 
     # The frozen encoder and the decoder.
-    say(f"loading the encoder {args.encoder}" + (", LPIPS" if args.lpips else "") + (", DINO" if args.gan else ""))
+    say(f"{source.summary()}\nloading {args.encoder}{', LPIPS' * bool(args.lpips)}{', DINO' * bool(args.gan)}")
     encoder = Encoder(args.encoder, args.encoder_size, args.encoder_weights, args.layers).to(device)
     if args.size % encoder.grid:
         raise ValueError(f"--size {args.size} is no multiple of the encoder's grid of {encoder.grid}")
     torch.manual_seed(args.seed)
-    model = initial_decoder(args, encoder, last)
-    model = model.to(device).train()
+    model = initial_decoder(args, encoder, last).to(device).train()
     model.checkpointing = args.checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     adamw = dict(lr=args.lr, betas=tuple(args.betas), weight_decay=0.0, fused=True)
@@ -495,12 +495,9 @@ def train(args):
 
     # The perceptual loss and the discriminator: frozen networks, but for the discriminator's heads.
     lpips = LPIPS(args.vgg_weights, args.lpips_weights).to(device) if args.lpips else None
-    torch.manual_seed(args.seed)
-    discriminator = disc_optimizer = None
-    if args.gan:
-        discriminator = Discriminator(args.dino_weights).to(device)
-        disc_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw)
-
+    torch.manual_seed(args.seed)  # the heads start the same with and without LPIPS
+    discriminator = Discriminator(args.dino_weights).to(device) if args.gan else None
+    disc_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw) if args.gan else None
     if last:
         model.load_state_dict(last["model"])
         ema.load_state_dict(last["ema"])
@@ -508,7 +505,9 @@ def train(args):
         if discriminator:
             discriminator.heads.load_state_dict(last["discriminator"])
             disc_optimizer.load_state_dict(last["disc_optimizer"])
-    kept = last["log_bytes"] if last else 0
+    columns = ["step", "epoch", "l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "grad_norm", "disc_norm",
+               "lr", "disc_lr", "images_per_s", "memory_gb"]
+    log = Log(args.out, columns, last["log_bytes"] if last else 0, start, rank)
     last = None  # last.pt is memory-mapped: release it
     if args.compile == "on" or args.compile == "auto" and device.type == "cuda":  # before DDP; the average stays eager
         compile_blocks(encoder.vit, model, *([discriminator.vit] if discriminator else []))
@@ -535,8 +534,8 @@ def train(args):
         shown = torch.stack([images[index, random_key(args.seed, index)][0] for index in chosen])  # (8, 3, S, S) uint8
         with torch.no_grad(), autocast:
             decoded = to_uint8(ema(encoder(shown.to(device).float() / 255))).cpu()  # (8, S, S, 3)
-        grid = image_grid(torch.cat([shown.permute(0, 2, 3, 1), decoded]), len(shown))
-        grid.save(args.out / f"preview-{done}.png")
+        images_above = torch.cat([shown.permute(0, 2, 3, 1), decoded])
+        image_grid(images_above, len(shown)).save(args.out / f"preview-{done}.png")
 
     signals = []
 
@@ -553,14 +552,11 @@ def train(args):
         f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
         f"{steps_per_epoch:.4g} an epoch; from step {start}")
     if discriminator:
-        warning = ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""
-        say(f"discriminator from step {disc_start}, its loss from step {gan_start}{warning}")
+        say(f"discriminator from step {disc_start}, its loss from step {gan_start}" + (
+            ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""))
     parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
     batches = iter(make_loader(images, parts, args.workers, device))
     generator = torch.Generator(device)
-    columns = ["step", "epoch", "l1", "lpips", "gan", "gan_weight", "disc", "real", "fake", "grad_norm", "disc_norm",
-               "lr", "disc_lr", "images_per_s", "memory_gb"]
-    log = Log(args.out, columns, kept, start, rank)
     for step in tqdm(range(start, total), "training", total, initial=start, disable=rank > 0, dynamic_ncols=True):
         train_disc = discriminator is not None and step >= disc_start
         use_gan = discriminator is not None and step >= gan_start
@@ -645,8 +641,8 @@ def main(argv=None):
     parser, args = parse_args(argv)
     try:
         train(args)
-    except ValueError as error:  # bad input: the message names the value and the fix
-        parser.error(str(error))
+    except ValueError as error:  # bad input, named in the last line; a loader's process puts its traceback before
+        parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -48,9 +48,9 @@ RECIPE = [
     ("--qk-norm",       False,       False,         "RMSNorm on q and k, for bf16 training; the paper: without"),
     ("--unconditional", False,       False,         "train without labels"),
     ("--shift-base",    4096.0,      512.0,         "base of the time shift sqrt(C H W / base); --init keeps its own"),
-    ("--epochs",        80.0,        9.0,           "length of training; the paper: also 800 at 256 px"),
+    ("--epochs",        80.0,        10.0,          "length of training; the paper: also 800 at 256 px"),
     ("--batch",         1024,        32,            "images in a step, over all processes"),
-    ("--lr",            2e-4,        3e-3,          "learning rate of AdamW, betas (0.9, 0.95), no weight decay"),
+    ("--lr",            2e-4,        2e-3,          "learning rate of AdamW, betas (0.9, 0.95), no weight decay"),
     ("--lr-end",        2e-5,        1e-4,          "learning rate from --decay-end on"),
     ("--warmup",        0.0,         0.4,           "epochs of linear warm-up"),
     ("--decay-start",   40.0,        3.0,           "epoch where --lr begins to fall linearly; plain DiT: never"),
@@ -193,7 +193,7 @@ def preview_decoder(args, encoder):
     decoder, info = load_decoder(path, decoder_pixels(args.encoder), encoder.grid)
     theirs, ours = latents_of(info.get("encoder", encoder.record)), latents_of(encoder.record)
     if (theirs, decoder.latent_shape) == (ours, encoder.latent_shape):
-        return decoder
+        return decoder.to(encoder.mean.device)
     if args.decoder:
         raise ValueError(f"{path} decodes {decoder.latent_shape} of {theirs}, this run draws {encoder.latent_shape} of "
                          f"{ours}: give another --decoder, or --preview-every 0")
@@ -229,11 +229,11 @@ def make_parser(description, table, imagenet512, argv):
 
 
 def check_values(parser, args, above_zero):
-    """Refuse empty texts, negative numbers, and 0 for the flags `above_zero`."""
+    """Refuse empty texts, negative numbers, and 0 and infinity for the flags `above_zero`."""
     for name, value in vars(args).items():
         number = isinstance(value, (int, float))
-        if value == "" or number and not value >= 0 or name in above_zero and value == 0:
-            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small: give another value")
+        if value == "" or number and not value >= 0 or name in above_zero and value in (0, math.inf):
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small, or infinite: give another value")
 
 
 def set_up(args):
@@ -273,6 +273,8 @@ def load_last(out, result, settings):
     Raises ValueError where last.pt is damaged or of other settings, and where the other checkpoint, `result`, is alone.
     """
     path = out / "last.pt"
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: give a folder")
     if not path.exists():
         if (out / result).exists() and not (out / "last.pt.tmp").exists():  # a killed first save leaves the latter
             raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
@@ -317,7 +319,7 @@ class Log:
         out.mkdir(parents=True, exist_ok=True)
         self.file = open(out / "log.csv" if rank == 0 else os.devnull, "ab")
         if rank == 0:
-            self.file.truncate(min(kept, self.file.tell()))
+            self.file.seek(self.file.truncate(min(kept, self.file.tell())))
         if not self.file.tell():
             self.file.write((",".join(columns) + "\n").encode())
 
@@ -351,7 +353,6 @@ class Log:
 def train(args):
     rank, world_size, device, autocast = set_up(args)
     source = image_source(args.data, args.size)
-    say(source.summary())
     # The batch: a share for each process, in micro-batches whose gradients add up.
     local_batch, rest = divmod(args.batch, world_size)
     if rest or not local_batch:
@@ -370,18 +371,17 @@ def train(args):
         return say(f"finished: {args.out}/dit.pt has its {start} steps; a larger --epochs goes on")
 
     # The frozen encoder, the decoder for previews, and the model that learns to draw the latents.
-    say(f"loading the encoder {args.encoder}")
+    say(f"{source.summary()}\nloading the encoder {args.encoder}")
     encoder = Encoder(args.encoder, args.size, args.encoder_weights, args.layers).to(device)
-    decoder = preview_decoder(args, encoder) if rank == 0 else None
     latent_dim, grid, _ = shape = encoder.latent_shape
+    decoder = preview_decoder(args, encoder) if rank == 0 else None
     num_classes = 0 if args.unconditional else len(source.classes)
     label_dropout = 1.0 if args.unconditional else args.label_dropout
     torch.manual_seed(args.seed)
     model = DiT(latent_dim, grid, num_classes, **SIZES[args.model], qk_norm=args.qk_norm)
     initial = load_initial(args, model, encoder) if args.init and not last else {}
     shift = last["shift"] if last else initial.get("shift", shift_strength(shape, args.shift_base))
-    model = model.to(device).train()
-    model.checkpointing = args.checkpointing
+    model.to(device).train().checkpointing = args.checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
@@ -400,12 +400,13 @@ def train(args):
             stats = measure_statistics(args, encoder, images, micro_batch, rank, world_size, device)
     stats = {key: value.to(device) for key, value in stats.items()}
 
+    columns = ["step", "epoch", "loss", *LOSS_BY_TIME, "grad_norm", "lr", "images_per_s", "memory_gb"]
+    log = Log(args.out, columns, last["log_bytes"] if last else 0, start, rank)
     if last:
         model.load_state_dict(last["model"])
         ema.load_state_dict(last["ema"])
         optimizer.load_state_dict(last["optimizer"])
-    kept = last["log_bytes"] if last else 0
-    last = None  # last.pt is memory-mapped: release it
+        last = None  # last.pt is memory-mapped: release it
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
     ddp.broadcast_buffers = False  # they are equal on all ranks
 
@@ -444,8 +445,6 @@ def train(args):
     parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
     batches = iter(make_loader(images, parts, args.workers, device))
     generator = torch.Generator(device)
-    columns = ["step", "epoch", "loss", *LOSS_BY_TIME, "grad_norm", "lr", "images_per_s", "memory_gb"]
-    log = Log(args.out, columns, kept, start, rank)
     for step in tqdm(range(start, total), "training", total, initial=start, disable=rank > 0, dynamic_ncols=True):
         lr = optimizer.param_groups[0]["lr"] = lr_at(step, args, steps_per_epoch)
         for micro in range(accumulate):
@@ -496,8 +495,8 @@ def main(argv=None):
     parser, args = parse_args(argv)
     try:
         train(args)
-    except ValueError as error:  # bad input: the message names the value and the fix
-        parser.error(str(error))
+    except ValueError as error:  # bad input, named in the last line; a loader's process puts its traceback before
+        parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -25,6 +25,7 @@ import platform
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -153,7 +155,9 @@ def empty(build):
 
 
 def make_dit(name, latents):
-    return dit.DiT(*latents[:2], 1000, **dit.SIZES[name], allow_narrow=True)  # a narrow one is as fast as it would be
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a model narrower than its tokens is as fast
+        return dit.DiT(*latents[:2], 1000, **dit.SIZES[name])
 
 
 def make_decoder(s):
@@ -169,12 +173,16 @@ def dit_flops(name, latents):
 # The scripts with random weights and ready images in the place of downloads and files
 
 
-def random_weights(module, *_, **__):
+def random_weights(module, *_):
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter)
         else:
             nn.init.normal_(parameter, std=0.02)
+
+
+def not_pretrained(model, weights, flag, **options):
+    return timm.create_model(model, **options)
 
 
 def ready_batches(dataset, batches, workers, device):
@@ -190,10 +198,12 @@ def offline():
     """The scripts' own code, but for what they would download, read and save."""
     with contextlib.ExitStack() as stack:
         for place, name, new in (
-            (encoder, "load_vit", lambda network, *_: network),
-            (encoder, "make_loader", ready_batches),
+            (encoder, "pretrained", not_pretrained),
+            (fid, "pretrained", not_pretrained),
             (fid, "load_weights", random_weights),
-            (train_decoder, "load_weights", random_weights),
+            (train_decoder, "pretrained", not_pretrained),
+            (train_decoder, "make_loader", ready_batches),
+            (train_dit, "make_loader", ready_batches),
             (train_decoder, "save_checkpoint", lambda files: None),
             (train_dit, "save_checkpoint", lambda files: None),
         ):
@@ -243,7 +253,7 @@ def dit_row(s, precision, name, batch):
     flops += 3 * dit_flops(name, s["latents"])
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"mean": None, "var": torch.ones(s["latents"])}, f"{folder}/stat.pt")
-        taken = step_seconds(train_dit, s, precision, *batch, s["repeats"], "--model", name, "--allow-narrow",
+        taken = step_seconds(train_dit, s, precision, *batch, s["repeats"], "--model", name,
                              "--stats", f"{folder}/stat.pt")
     count = batch[0] * batch[1]
     return f"DiT step, {name}, with encoder, micro-batch {batch[0]} x {batch[1]}", count, taken, count * flops
@@ -258,7 +268,7 @@ def encode(s, precision):
     images = torch.rand(s["encoded"], 3, s["size"], s["size"], device=DEVICE)
     flops = len(images) * forward_flops(model, images[:1])
     if CUDA:
-        encoder.compile_blocks(model.vit)
+        train_dit.compile_blocks(model.vit)
     yield f"encode, {s['encoder']}", len(images), seconds(model, s["repeats"], images), flops
 
 
@@ -335,7 +345,7 @@ def sampling(s, precision):
     pixels = make_decoder(s).to(DEVICE).eval()
     D = forward_flops(pixels, torch.zeros(1, *latents))
     noise = torch.randn(n, *latents, device=DEVICE)
-    y, shift = torch.arange(n, device=DEVICE) % 1000, dit.shift_for(latents)
+    y, shift = torch.arange(n, device=DEVICE) % 1000, dit.shift_strength(latents)
     inside = sum(0.1 <= t <= 0.9 for t in dit.time_shift(torch.linspace(1, 0, steps + 1), shift)[:-1].tolist())
 
     def draw(velocity):
@@ -343,7 +353,7 @@ def sampling(s, precision):
 
     for kind in ("eager", "compiled") if CUDA else ("eager",):
         if kind == "compiled":
-            encoder.compile_blocks(strong, weak, pixels)
+            train_dit.compile_blocks(strong, weak, pixels)
         for what, velocity, flops in (
             ("unguided", dit.guided(strong, y), steps * S),
             ("CFG", dit.guided(strong, y, 2.0), steps * 2 * S),
@@ -360,8 +370,8 @@ def evaluation(s, precision):
     n, rows = s["fid_images"], s["fid_rows"]
     images = torch.randint(256, (n, 3, 256, 256), dtype=torch.uint8, device=DEVICE)
     a, b, features = images / 255, images.flip(0) / 255, torch.randn(rows, 2048, device=DEVICE)
-    inception, lpips = fid.load_inception(device=DEVICE), fid.LPIPS().to(DEVICE)
-    statistics = fid.FeatureStatistics(2048, DEVICE)
+    inception, lpips = fid.InceptionV3().to(DEVICE), fid.LPIPS().to(DEVICE)
+    statistics = fid.FeatureStatistics()
     yield "Inception, 256 px", n, seconds(inception, 1, images), n * forward_flops(inception, images[:1])
     yield "LPIPS, 256 px", n, seconds(lpips, 1, a, b), n * forward_flops(lpips, a[:1], b[:1])
     yield "SSIM, 256 px", n, seconds(fid.ssim, 1, a, b), None
@@ -380,7 +390,7 @@ def saving(s, precision):
     for name, what in (("last.pt", "without CRC32, as last.pt"), ("dit.pt", "with CRC32, as dit.pt")):
         with tempfile.TemporaryDirectory(dir=".") as folder:
             began = time.perf_counter()
-            encoder.save_checkpoint({Path(folder) / name: tensors})
+            train_dit.save_checkpoint({Path(folder) / name: tensors})
             yield f"save {s['saved_gb']} GB, {what}", None, time.perf_counter() - began, None
 
 
@@ -393,8 +403,8 @@ def overlap_worker(rank, s, precision, port, queue):
     dist.init_process_group("nccl" if CUDA else "gloo", rank=rank, world_size=2)
     model, B = make_dit(s["dits"][-1], s["latents"]).to(device), s["dit_batch"][0]
     if CUDA:
-        encoder.compile_blocks(model)
-    ddp, x = encoder.distribute(model, device), torch.randn(B, *s["latents"], device=device)
+        train_dit.compile_blocks(model)
+    ddp, x = DistributedDataParallel(model, gradient_as_bucket_view=True), torch.randn(B, *s["latents"], device=device)
     t, y = torch.rand(B, device=device), torch.arange(B, device=device)
 
     def step(synchronized):

@@ -77,7 +77,7 @@ def overfit(width, depth, head, seed, steps, batch):
     z = encoder(draw_shapes(seed, 256, SIZE)[0])
     x = normalize(z, {"mean": z.mean(0), "var": z.var(0)})[:1]  # (1, C, 4, 4)
     size = dict(head_width=head, head_depth=1, head_heads=4) if head else {}
-    model = DiT(TOKEN, encoder.grid, 0, width, depth, heads=4, allow_narrow=True, **size)
+    model = DiT(TOKEN, encoder.grid, 0, width, depth, heads=4, **size)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = argparse.Namespace(lr=3e-3, lr_end=0.0, warmup=0.1 * steps, decay_start=steps / 2, decay_end=steps,
                                   epochs=steps)  # of one step each

@@ -1,8 +1,10 @@
 """Shared by all tests: golden files, small models and images, the scripts in a process or several; no network."""
 
+import atexit
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,11 @@ import zlib
 from pathlib import Path
 from unittest import mock
 
+# A test that asks for a download fails at once instead of waiting, and finds nothing downloaded before. The hub's
+# client reads its variables when it is imported.
+os.environ.update(dict.fromkeys(("HF_HOME", "TORCH_HOME"), tempfile.mkdtemp(prefix="torch-home-")),
+                  HF_HUB_OFFLINE="1", https_proxy="http://127.0.0.1:9")
+
 import numpy as np
 import pytest
 import timm
@@ -21,10 +28,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-NO_DOWNLOADS = tempfile.TemporaryDirectory(prefix="torch-home-")  # goes when the tests end
-# A test that asks for a download fails at once instead of waiting, and finds nothing downloaded before.
-os.environ |= {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "TORCH_HOME": NO_DOWNLOADS.name,
-               "HF_HOME": NO_DOWNLOADS.name}
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], True)
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other would cost more
 
 
@@ -110,6 +114,8 @@ def signals():
     """The handlers of signals that a script has set do not stay."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
@@ -194,13 +200,13 @@ def start(script, *flags, **environment):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def start_ranks(script, *flags, count=2):
+def start_ranks(script, *flags, count=2, **environment):
     """A script in `count` processes that know each other, as torchrun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    return [start(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
-                  LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(count)]
+    environment |= dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [start(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(count)]
 
 
 def finish(*processes, code=0, timeout=180):

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decoder as decoders
@@ -37,24 +38,25 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train_decoder", "train_dit"])
 BATCH = {"train_decoder": 4, "train_dit": 8}
 IMAGES = 20
-TIMING = ("images_per_s", "memory_gb")  # the columns of log.csv in which runs differ
+TIMING = ("images_per_s", "/log_bytes")  # in what runs differ: a column of log.csv and the length that it makes
 
 
 def prepare(folder, steps):
     """Images in two classes and a small DINO; returns {script: its arguments but --out} for a run of so many steps.
 
-    A checkpoint and a row of the log in every step; two loader processes; the discriminator is at work from step 2 on.
+    A checkpoint and a row of the log in every step; two loader processes; latents of two layers; the discriminator is
+    at work from step 2 on.
     """
     make_images(folder / "images", IMAGES, classes="ab")
     save_tiny_dino(folder / "dino.pt")
     flags = {}
     for script, batch in BATCH.items():
         flags[script] = ["--preset", "demo", "--data", folder / "images", "--batch", batch, "--micro-batch", batch,
-                         "--epochs", steps * batch / IMAGES, "--save-every", batch / IMAGES, "--log-every", 1,
-                         "--workers", 2, "--device", "cpu"]
+                         "--epochs", steps * batch / IMAGES, "--save-every", 1, "--log-every", 1, "--workers", 2,
+                         "--layers", 0, 2, "--device", "cpu"]
     flags["train_decoder"] += ["--size", 16, "--gan", 0.75, "--disc-start", 0.4, "--gan-start", 0.8, "--dino-weights",
-                               folder / "dino.pt", "--preview-every", 1]
-    flags["train_dit"] += ["--stats-images", 16, "--keep-every", 2, "--preview-every", 0]
+                               folder / "dino.pt", "--preview-every", 5]
+    flags["train_dit"] += ["--stats-images", 16, "--keep-every", 5, "--preview-every", 0]
     return {script: [str(flag) for flag in argv] for script, argv in flags.items()}
 
 
@@ -93,6 +95,20 @@ def start(script, argv, out, **environment):
     process.start()
     alive.close()
     return process, gone
+
+
+def at_step(patch, step, action):
+    """In this process: call action() where this step, counted from 0, begins. A signal stops the run after it."""
+
+    class Bar(tqdm):
+        def __iter__(self):
+            for i in super().__iter__():
+                if i == step:
+                    action()
+                yield i
+
+    for script in BATCH:
+        patch.setattr(importlib.import_module(script), "tqdm", Bar)
 
 
 def terminal(out):
@@ -142,7 +158,7 @@ def damage(script, out):
 def read(path):
     """The content of a file of a run, without what depends on the time of day."""
     if path.suffix == ".pt":
-        return flat(torch.load(path, weights_only=True))
+        return {key: value for key, value in flat(torch.load(path, weights_only=True)).items() if key not in TIMING}
     if path.suffix == ".csv":
         with open(path) as file:
             return flat([{key: row[key] for key in row if key not in TIMING} for row in csv.DictReader(file)])

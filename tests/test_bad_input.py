@@ -1,8 +1,8 @@
-"""Bad input, told plainly: every wrong use of the scripts ends within seconds in one line, and nothing is written.
+"""Bad input, told plainly: every wrong use of the scripts ends within seconds in one line below the usage, and nothing
+is written.
 
 A row of a table is `arguments | part of the line | another part`: what is added to a command that works, and what the
-line has to say. There is one row for each kind of check: flags of one type, and what scripts share, have one row. All
-rows run in one folder, `world`, and must leave it as it was.
+line has to say. Each kind of check has one row. All rows run in one folder, `world`, and must leave it as it was.
 """
 
 import os
@@ -12,7 +12,6 @@ import shlex
 import shutil
 import time
 import warnings
-import zipfile
 
 import demo_check
 import numpy as np
@@ -31,7 +30,7 @@ import train_dit
 TRAIN = "--preset demo --data data --out run --batch 4 --micro-batch 4 --epochs 0.5 --workers 0 --device cpu "
 COMMANDS = {  # what works
     "train_decoder": (train_decoder.main, TRAIN),
-    "train_dit": (train_dit.main, TRAIN + "--stats-images 4"),
+    "train_dit": (train_dit.main, TRAIN + "--stats-images 8"),
     "sample": (sample.main, "--preset demo --dit dit_run/dit.pt --decoder decoder_run/decoder.pt --per-class 1 "
                             "--scale 1 --steps 2 --device cpu --out out.png"),
     "fid": (fid.main, "--workers 0 --device cpu"),
@@ -47,8 +46,7 @@ class Trap:
 
 def changed(path, source, **values):
     """The checkpoint `source` again, with other values; a value of None leaves its key out."""
-    content = read(source) | values
-    torch.save({key: value for key, value in content.items() if value is not None}, path)
+    torch.save({key: value for key, value in (read(source) | values).items() if value is not None}, path)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +61,9 @@ def world(tmp_path_factory):
 def build(folder):
     # Images.
     make_images("data", 8, classes=("a", "b"))
-    for name in ("flat", "loose/a", "damaged", "split/val/a"):
+    for name in ("flat", "damaged"):
         make_images(name, 4)
-    for path in ("photo.png", "loose/stray.png"):
-        shutil.copy("flat/0000.png", path)
+    shutil.copy("flat/0000.png", "photo.png")
     for name in ("empty", "folder.png", "run_lost"):
         (folder / name).mkdir()
     os.truncate("damaged/0001.png", 60)
@@ -86,10 +83,6 @@ def build(folder):
         key, value = list(result["model"].items())[-1]
         changed(f"{kind}_nan.pt", path, model=result["model"] | {key: value * np.nan})
         changed(f"{kind}_vit.pt", path, encoder=result["encoder"] | {"name": "vit_tiny_patch16_224"})
-        del result["model"][key]
-        changed(f"{kind}_short.pt", path, model=result["model"])
-        shutil.copy(path, f"{kind}_cut.pt")
-        os.truncate(f"{kind}_cut.pt", os.path.getsize(path) - 1000)
         for last in ("trap.pt", "trap.bin", "text.pt"):
             (folder / f"{kind}_run_{last}").mkdir()
             shutil.copy(last, f"{kind}_run_{last}/last.pt")
@@ -97,8 +90,8 @@ def build(folder):
     trained = dit.load_dit("dit_run/dit.pt")[0]
     torch.save(published_dit(trained), "stage2.pt")
     torch.save(published_decoder(decoder.load_decoder("decoder_run/decoder.pt")[0]), "model.pt")
-    for name, values in {"deep": dict(depth=1), "four": dict(num_classes=4), "classless": dict(num_classes=0)}.items():
-        other = dit.DiT(**trained.config | values)
+    for name, count in dict(four=4, classless=0).items():
+        other = dit.DiT(**trained.config | dict(num_classes=count))
         stats = dict.fromkeys(("mean", "var"), torch.ones(other.latent_shape))
         changed(f"dit_{name}.pt", "dit_run/dit.pt", config=other.config, model=other.state_dict(), stats=stats)
     changed("dit_statless.pt", "dit_run/dit.pt", stats=None)
@@ -106,29 +99,23 @@ def build(folder):
     wide = decoder.Decoder(16, 4, 8, **decoder.SIZES["ViT-tiny"])
     changed("decoder_wide.pt", "decoder_run/decoder.pt", config=wide.config, model=wide.state_dict())
     torch.save({"mean": None, "var": torch.ones(16, 4, 4)}, "stat_16.pt")
+    ones = torch.ones(128, 4, 4)
+    for name, stats in dict(nan=dict(mean=ones * np.nan, var=ones), inf=dict(mean=None, var=ones * np.inf),
+                            negative=dict(mean=ones, var=-ones)).items():
+        torch.save(stats, f"stat_{name}.pt")
 
     # Weights of the frozen networks.
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0).half().state_dict()  # 192 wide
-    torch.save(vit, "vit.pt")
-    heads = {f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1) for i, c in enumerate(fid.LPIPS.layers.values())}
-    torch.save(heads, "heads.pt")
+    torch.save(timm.create_model("vit_tiny_patch16_224").half().state_dict(), "vit.pt")
+    torch.save({f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1) for i, c in enumerate(fid.LPIPS.layers.values())},
+               "heads.pt")
 
     # Arrays.
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
-    arrays = dict(a=images, five=images[[0, 1, 2, 3, 0]], float=images / 255.0, grey=images[..., 0], one=images[:1],
-                  small=images[:, :15, :15], wide=images.repeat(2, 1)[:, :24])
+    arrays = dict(a=images, five=images[[0, 1, 2, 3, 0]], float=images / 255.0, one=images[:1])
     for name, array in arrays.items():
         np.savez(f"{name}.npz", array)
-    np.savez("other.npz", x=images)
-    with zipfile.ZipFile("a.npz") as whole, zipfile.ZipFile("more.npz", "w") as archive:  # 9 images, says its header
-        archive.writestr("arr_0.npy", whole.read("arr_0.npy").replace(b"(4, 16", b"(9, 16"))
-    shutil.copy("a.npz", "cut.npz")
-    os.truncate("cut.npz", 1000)
     np.savez("inception.npz", mu=np.zeros(2048), sigma=np.broadcast_to(np.float16(0), (2048, 2048)))
     statistics = dict(np.load("inception.npz"))
-    np.savez("dinov2.npz", mu=np.zeros(1024), sigma=np.zeros((1024, 1024)), features="dinov2")
-    np.savez("stats_nan.npz", **statistics | dict(mu=np.full(2048, np.nan)))
-    np.savez("stats_sigma.npz", **statistics | dict(sigma=np.eye(64)))
     trap = np.array([Trap()], object)
     np.savez("trap.npz", arr_0=trap)
     np.savez("trap_mu.npz", **statistics | dict(mu=trap))
@@ -137,6 +124,10 @@ def build(folder):
     # The other two commands work as well.
     sample.main(COMMANDS["sample"][1].split())
     fid.main([*COMMANDS["fid"][1].split(), "inception.npz", "inception.npz"])
+
+
+# Bars, the images that can't be read, and what fid.py says it has and loads.
+SAID_ON_THE_WAY = re.compile(r"%\||^cannot read |^loading |^\S+: \d+ images of ")
 
 
 def listing(folder):
@@ -155,7 +146,7 @@ def check(world, tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(fid.DINOv2.__init__, "__defaults__", (None, "vit_small_patch14_dinov2.lvd142m"))  # quick
     monkeypatch.setattr(train_dit, "latent_statistics", lambda *_: pytest.fail("this may take an hour"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: seconds and pytest.fail(f"waits for {seconds} s"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub's client waits between its tries
     before = listing(world)
 
     def run(main, arguments, said):
@@ -169,8 +160,12 @@ def check(world, tmp_path, monkeypatch, capfd, caplog):
             error, code = error + code + "\n", 1
         assert code in (1, 2) and error.endswith("\n") and "Traceback" not in error, error
         lines = [line.rpartition("\r")[2] for line in error[:-1].split("\n")]
-        lines = [line for line in lines if "%|" not in line and not line.startswith("cannot read ")]  # bars, bad images
-        assert len(lines) == 1 and not caplog.records and not warned, error
+        lines = [line for line in lines if not SAID_ON_THE_WAY.search(line)]
+        assert len(lines) == 1 or len(lines) == 2 and lines[0].startswith("usage: "), error
+        # Where a process has threads, Python 3.12 and 3.13 warn of every process that a loader forks from it.
+        warned = [w for w in warned if "use of fork() may lead to deadlocks" not in str(w.message)]
+        logged = [r for r in caplog.records if not r.name.startswith("huggingface_hub")]  # it says that it tries again
+        assert not logged and not warned, (logged, warned, error)
         assert said and all(part in error for part in said), error
         assert busy < 3 and seconds < 20, "told late"  # other work on the machine makes no test fail
         assert listing(world) == before, "something was written"
@@ -192,90 +187,82 @@ def table(text):
 @table("""
 train_decoder
 --preset Demo | 'Demo' | demo
---preset | --preset | expected
 --learning-rate 1e-3 | --learning-rate
---device cuda | --device cuda | --device cpu
---init '' | --init is empty
---out '' | --out is empty
---size 32.5 | --size: 32.5 | integer
---size 0 | --size: 0 | at least 1
---lr 0 | --lr: 0 | above 0
---lr inf | --lr: inf | above 0
---tau nan | --tau: nan | number
---ema 1 | --ema: 1 | below 1
+--device cuda | --device | cuda | cpu
+--init '' | --init '' is empty
+--out '' | --out '' is empty
+--size 32.5 | --size | int | 32.5
+--size 0 | --size 0
+--tau nan | --tau nan
 --data absent | absent | folder
 --data empty | empty | no images
---data loose | loose | stray.png | move
---data split | split | val/ | train/
---out photo.png | --out photo.png | folder
+--out photo.png | photo.png | folder
+--layers 3 | layers 3 | blocks 0 to 2
 --size 30 | 30 | multiple of 8
---size 34 --resize 34 --encoder-size 32 | --size 34 | multiple
---resize 16 | --resize 16 | --size 32
 --encoder random-tin | random-tin | dinov2-s
---encoder resnet18 | resnet18 | ResNet
---encoder-weights foreign.pt | --encoder-weights foreign.pt | random-tiny
---encoder vit_tiny_patch16_224 | --encoder-weights | https://huggingface.co/timm/vit_tiny
+--encoder vit_tiny_patch16_224 | --encoder-weights | vit_tiny_patch16_224 | network
 --encoder vit_tiny_patch16_224 --encoder-weights absent.pt | absent.pt | No such file | --encoder-weights
 --encoder vit_tiny_patch16_224 --encoder-weights foreign.pt | foreign.pt | cls_token | --encoder-weights
---disc-start 2 --gan-start 1 | --gan-start 1 | --disc-start 2
---size 8 --lpips 1 | --size 8 | --lpips 0
---lpips 1 | --lpips-weights | https
+--lpips 1 | --lpips-weights | network
 --lpips 1 --lpips-weights heads.pt --vgg-weights absent.pt | absent.pt | --vgg-weights
 --lpips 1 --lpips-weights foreign.pt | foreign.pt | --lpips-weights
---gan 1 | --dino-weights | https://huggingface.co/timm/vit_small_patch8_224.dino
+--gan 1 | --dino-weights | vit_small_patch8_224.dino | network
 --gan 1 --dino-weights absent.pt | absent.pt | FileNotFoundError | --dino-weights
 --gan 1 --dino-weights foreign.pt | foreign.pt | --dino-weights
---init decoder_vit.pt | decoder_vit.pt | vit_tiny | --encoder
---init decoder_wide.pt | decoder_wide.pt | latent_dim 16 instead of 128
---out decoder_run --tau 0.5 --data flat | decoder_run | tau 0.1, now 0.5 | images 8, now 4 | --out
---out dit_run | dit_run/last.pt | no checkpoint of train_decoder.py
+--out decoder_run --tau 0.5 --data flat | decoder_run | now 0.5 | images 8, now 4 | --out
+--out dit_run | dit_run | kind train_dit, now train_decoder | --out
 --out decoder_run_text.pt | decoder_run_text.pt/last.pt | put back
 --out run_lost | run_lost | no last.pt | choose
 train_dit
---decay-start 9 --decay-end 3 | --decay-start 9 | --decay-end 3
---decay-end nan | --decay-end: nan | number
---encoder vit_tiny_patch16_224 --encoder-weights vit.pt | 160 | 192-wide | DiT-DH | --allow-narrow
+--decay-end nan | --decay-end nan
 --stats absent.pt | --stats absent.pt | No such file
 --stats stat_16.pt | --stats stat_16.pt | (16, 4, 4) | (128, 4, 4)
---init dit_deep.pt | dit_deep.pt | depth 1 instead of 3 | --model
---init dit_vit.pt | dit_vit.pt | vit_tiny | --encoder
---init stage2.pt | stage2.pt | --stats
---decoder decoder_vit.pt | decoder_vit.pt | random-tiny | --preview-every 0
---decoder decoder_wide.pt | decoder_wide.pt | 32 px | --preview-every 0
---fid-every 1 | --fid-reference
---fid-every 1 --fid-reference inception.npz | --decoder | decoder.pt
---fid-every 1 --fid-reference inception.npz --decoder decoder_run/decoder.pt --fid-num 1 | --fid-num 1 | at least 2
---fid-every 1 --fid-reference dinov2.npz --decoder decoder_run/decoder.pt | dinov2.npz | inception
 sample
 --dit absent.pt | absent.pt | give
---dit dit_cut.pt | dit_cut.pt | cannot load
---dit dit_short.pt | dit_short.pt | Missing
 --dit dit_nan.pt | dit_nan.pt | finite
 --dit dit_statless.pt | dit_statless.pt | --stats
 --dit decoder_run/decoder.pt | decoder_run/decoder.pt | as a diffusion model
---decoder absent.pt | absent.pt | give
---decoder decoder_cut.pt | decoder_cut.pt | cannot load
---decoder decoder_short.pt | decoder_short.pt | Missing
---decoder decoder_nan.pt | decoder_nan.pt | finite
+--dit dit_run/last.pt | dit_run/last.pt | it is a last.pt | beside
+--dit hf:owner/repository | hf:owner/repository | hf:OWNER/REPO/PATH
+--dit hf:owner/repository/dit.pt | hf:owner/repository/dit.pt | as a diffusion model
+--preset imagenet256 --published | hf:nyu-visionx/RAE-collections/stats/dinov2/wReg_base/imagenet1k/stat.pt
+--published | --published | demo
+--stats stat_16.pt | stat_16.pt | (16, 4, 4) | (128, 4, 4)
+--stats stat_nan.pt | stat_nan.pt | finite
+--stats stat_inf.pt | stat_inf.pt | finite
+--stats stat_negative.pt | stat_negative.pt | negative
+--stats photo.png | photo.png | give a stat.pt
 --decoder decoder_wide.pt | decoder_wide.pt | (16, 4, 4) | dit_run/dit.pt | (128, 4, 4)
 --decoder decoder_vit.pt | decoder_vit.pt | vit_tiny | random-tiny
+--decoder decoder_run/last.pt | decoder_run/last.pt | it is a last.pt
 --dit stage2.pt --stats dit_run/stat.pt --decoder model.pt --encoder dino | dino | dinov2-s
 --guide dit_run/dit.pt | --guide dit_run/dit.pt | 1.42
 --guide dit_four.pt --scale 2 | dit_four.pt | num_classes
 --guide dit_vit.pt --scale 2 | dit_vit.pt | encoder
+--guide decoder_run/decoder.pt --scale 2 | decoder_run/decoder.pt | as a diffusion model
+--scale nan | --scale nan
 --scale 2 --unconditional | --scale 2 | --guide
 --scale 2 --dit dit_undropped.pt | --scale 2 | --guide
 --scale 2 --dit dit_classless.pt | --scale 2 | --guide
 --interval 0.5 0.2 | 0.5 0.2 | LOW <= HIGH
 --interval 0 2 | 0 2 | HIGH <= 1
---classes 2 | --classes 2 | 0 to 1 | a, b
+--classes 2 | --classes 2: dit_run/dit.pt knows 0 to 1, a, b
+--classes a cow | --classes cow: dit_run/dit.pt knows 0 to 1, a, b
+--classes 0 --dit dit_classless.pt | --classes 0 | dit_classless.pt has no classes
+--classes 0 --num-samples 5 | --classes | --num-samples
+--classes 0 --unconditional | --classes | --unconditional
 --num-samples 5 | --num-samples | --per-class
+--seed -1 | --seed -1
+--batch 0 | --batch 0
 --per-class 10001 | 20002 | .npz
 --trajectory | --trajectory | --steps 2
 --out x.jpg | x.jpg | .png
 --out folder.png | folder.png | give
+--out photo.png/x.png | photo.png/x.png | folder
 --out a.npz | a.npz | --overwrite
 --reconstruct absent | --reconstruct absent
+--reconstruct '' | --reconstruct ''
+--reconstruct text.pt | text.pt | damaged
 --reconstruct damaged/0001.png | damaged/0001.png | damaged
 --reconstruct damaged --workers 1 | damaged/0001.png | repair
 --reconstruct photo.png --decoder decoder_wide.pt | decoder_wide.pt | (128, 4, 4)
@@ -283,27 +270,13 @@ sample
 --reconstruct photo.png --out photo.png | photo.png | another
 fid
 a.npz | SAMPLES is missing
-a.npz a.npz --batch 0 | --batch | 0
 absent.npz a.npz | absent.npz
-a.npz cut.npz | cut.npz | whole npz
-a.npz more.npz | more.npz | (9, 16, 16, 3)
 a.npz float.npz | float.npz | float64 (4, 16, 16, 3) | uint8
-a.npz grey.npz | grey.npz | uint8 (4, 16, 16)
-a.npz one.npz | 4 and 1 | at least 2
-a.npz other.npz | other.npz | inception
-dinov2.npz a.npz | dinov2.npz | inception
-stats_nan.npz a.npz | stats_nan.npz | finite
-stats_sigma.npz a.npz | stats_sigma.npz | (2048, 2048)
+a.npz one.npz | one.npz: 1 images | at least 2
 a.npz five.npz --paired | 4 | 5
-a.npz wide.npz | 16 x 16 | 24 x 16
-inception.npz a.npz --paired | --paired | images
-a.npz small.npz | 15 x 15 | 16 x 16
-small.npz small.npz --paired | 15 x 15 | --no-lpips
 a.npz a.npz --features incepton | incepton | dinov2
 a.npz a.npz | --inception-weights | https
-a.npz a.npz --features dinov2 | --dinov2-weights | https
-inception.npz --save-stats a.npz | a.npz | exists
-inception.npz --save-stats no/stats.npz | no/stats.npz
+a.npz a.npz --features dinov2 | --dinov2-weights | network
 """)
 def test_one_line(check, name, arguments, said):
     main, command = COMMANDS[name]
@@ -318,27 +291,14 @@ def test_what_is_missing(check, main, command, said):
     check(main, command.split(), [said])
 
 
-def test_one_of_several_processes_speaks(monkeypatch, capsys):
-    """Every other rank leaves rank 0 ten seconds to say it; torchrun ends them meanwhile."""
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit):
-            train_dit.main(["--batch", "0"])
-    assert waits == [10]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files that would run code
 
 VIT = "--encoder vit_tiny_patch16_224 --encoder-weights TRAP"
-FID = "--fid-every 1 --decoder decoder_run/decoder.pt --fid-reference"
 TRAPS = {
     "train_decoder": [VIT, "--lpips 1 --lpips-weights TRAP", "--lpips 1 --lpips-weights heads.pt --vgg-weights TRAP",
                       "--gan 1 --dino-weights TRAP", "--init TRAP", "--out decoder_run_TRAP"],
-    "train_dit": [VIT, "--decoder TRAP", "--stats TRAP", "--init TRAP", "--out dit_run_TRAP", f"{FID} trap_mu.npz",
-                  f"{FID} inception.npz --inception-weights TRAP"],
+    "train_dit": [VIT, "--decoder TRAP", "--stats TRAP", "--init TRAP", "--out dit_run_TRAP"],
     "sample": ["--dit TRAP", "--decoder TRAP", "--stats TRAP", "--guide TRAP --scale 2", "--reconstruct TRAP",
                "--reconstruct photo.png --decoder decoder_vit.pt --encoder-weights TRAP"],
     "fid": ["a.npz trap.npz", "trap_mu.npz a.npz", "trap_features.npz a.npz", "a.npz TRAP",
@@ -369,10 +329,12 @@ def test_the_traps_work(world, tmp_path, monkeypatch):
 
 
 def test_every_flag_that_takes_a_file_has_its_trap():
-    tables = dict(train_decoder=train_decoder.RECIPE, train_dit=train_dit.RECIPE, sample=sample.FLAGS)
-    flags = {name: {row[0] for row in rows if row[1] is str} for name, rows in tables.items()}
+    tables = {name: main.__globals__["RECIPE"] + main.__globals__["RUN"] for name, (main, _) in COMMANDS.items()
+              if name.startswith("train")}
+    flags = {name: {flag for flag, default, *_ in rows if default is None} for name, rows in tables.items()}
+    flags["sample"] = set(re.findall(r'"(--[a-z-]+)", metavar="(?:FILE|PATH)"', (ROOT / "sample.py").read_text()))
     flags["fid"] = set(re.findall(r'"(--[a-z0-9]+-weights)"', (ROOT / "fid.py").read_text()))
-    assert {name: len(found) for name, found in flags.items()} == dict(train_decoder=7, train_dit=8, sample=8, fid=4)
+    assert {name: len(found) for name, found in flags.items()} == dict(train_decoder=7, train_dit=6, sample=6, fid=4)
     for name, found in flags.items():
-        for flag in found - {"--data", "--encoder", "--out"}:
+        for flag in found - {"--data", "--out"}:
             assert any(row[0] == name and f"{flag} trap" in row[1] for row in TRAPS), (name, flag)

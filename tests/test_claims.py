@@ -17,6 +17,7 @@ def read_tables(text):
     return tables
 
 
+@pytest.mark.filterwarnings("ignore:.*Theorem 1")
 def test_quick_run_prints_the_tables_and_draws_the_figure(tmp_path, capsys):
     claims.main(["--quick", "--out", str(tmp_path)])
     theorem, shift, tau = read_tables(capsys.readouterr().out)

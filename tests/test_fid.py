@@ -1,20 +1,22 @@
 """fid.py against golden values, closed forms, second ways to compute the same, and its real command line."""
 
-import math
+import copy
+import errno
 import os
 import shutil
 import subprocess
 import sys
-import threading
-from types import SimpleNamespace
+import zipfile
 from unittest import mock
 
 import numpy as np
 import pytest
-import scipy.linalg
+import scipy.special
 import torch
-from conftest import ROOT, assert_close, golden, make_images, read_golden
+import torch.nn.functional as F
+from conftest import ROOT, assert_close, golden, make_images, read, read_golden
 from PIL import Image
+from scipy.spatial.distance import cdist
 
 import encoder
 import fid
@@ -22,15 +24,33 @@ import fid
 
 @pytest.fixture(scope="module")
 def inception(inception_weights):
-    return fid.load_inception(inception_weights)
+    return fid.InceptionV3(inception_weights)
 
 
-def save_images(path, count, size=32, seed=0, save=np.savez):
+@pytest.fixture(scope="module")
+def lpips_weights(lpips_weights, tmp_path_factory):
+    """VGG16 with its classifier, as torchvision's file, and heads that were saved on a GPU, as the published ones."""
+    vgg, heads, zero = *map(read, lpips_weights), torch.zeros(1)  # a zero that is expanded takes no space in the file
+    for i, shape in {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}.items():
+        vgg |= {f"classifier.{i}.weight": zero.expand(shape), f"classifier.{i}.bias": zero.expand(shape[0])}
+    folder = tmp_path_factory.mktemp("lpips")
+    torch.save(vgg, folder / "vgg16.pth")
+    with mock.patch.object(torch.serialization, "location_tag", lambda storage: "cuda:0"):
+        torch.save(heads, folder / "heads.pth")
+    return str(folder / "vgg16.pth"), str(folder / "heads.pth")
+
+
+@pytest.fixture(scope="module")
+def lpips(lpips_weights):
+    return fid.LPIPS(*lpips_weights)
+
+
+def save_images(path, count, size=32, seed=0):
     """An npz of smooth random images, each with a brightness of its own; returns them, uint8 (B, 3, H, W)."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 4, 4, 3)) // 2 + rng.integers(0, 128, (count, 1, 1, 1))
     images = coarse.repeat(size // 4, 1).repeat(size // 4, 2).astype(np.uint8)
-    save(path, images)
+    np.savez(path, images)
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
@@ -48,24 +68,13 @@ def moments(features):
     return x.mean(0), np.cov(x.T)
 
 
-def frechet_by_sqrtm(a, b):
-    """The formula as it is written, of features (N, D) with more images than dimensions."""
-    s1, s2 = np.cov(a.T), np.cov(b.T)
-    root = scipy.linalg.sqrtm(s1 @ s2).real
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
-
-
-def precision_recall_by_loops(reference, samples, k=3):
-    """Distances as differences in float64, one pair of sets at a time."""
-
-    def distances(a, b):
-        return np.stack([np.sqrt(((row - b) ** 2).sum(1)) for row in a])
+def precision_recall_by_cdist(reference, samples, k=3):
+    """By scipy's distances: differences in float64."""
 
     def share(manifold, points):
-        radii = np.sort(distances(manifold, manifold), 1)[:, k]
-        return (distances(manifold, points) <= radii[:, None]).any(0).mean()
+        radii = np.sort(cdist(manifold, manifold), 1)[:, k]
+        return (cdist(manifold, points) <= radii[:, None]).any(0).mean()
 
-    reference, samples = reference.astype(np.float64), samples.astype(np.float64)
     return share(reference, samples), share(samples, reference)
 
 
@@ -87,7 +96,7 @@ def test_golden_metrics(file):
     arrays, *_ = read_golden(file)
     statistics = []
     for features in (arrays["ref"], arrays["sample"]):
-        measured = fid.FeatureStatistics(features.shape[1])
+        measured = fid.FeatureStatistics()
         for batch in features.split(77):
             measured.update(batch)
         statistics += [measured.mean, measured.cov]
@@ -104,12 +113,15 @@ def test_golden_image_quality(file):
     a, b = (arrays[key].permute(0, 3, 1, 2) / 255 for key in ("reference", "reconstruction"))
     torch.testing.assert_close(fid.psnr(a, b).float(), arrays["psnr"], rtol=1e-6, atol=0)
     torch.testing.assert_close(fid.ssim(a, b).float(), arrays["ssim"], rtol=1e-6, atol=0)
+    assert (fid.psnr(a, a) == 100).all()  # equal images don't make a mean infinite
+    near = 94 * torch.ones(len(a), dtype=torch.float64)  # dB
+    torch.testing.assert_close(fid.psnr(a.double(), a.double() + 10**-4.7), near, rtol=1e-6, atol=0)
 
 
 @golden("lpips")
-def test_golden_lpips(file, lpips_weights):
+def test_golden_lpips(file, lpips):
     arrays, *_ = read_golden(file)
-    assert_close(fid.LPIPS(*lpips_weights)(arrays["a"], arrays["b"]), arrays["lpips"])
+    assert_close(lpips(arrays["a"], arrays["b"]), arrays["lpips"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,13 +140,9 @@ def test_frechet_closed_forms():
     assert fid.frechet_distance(mu1, np.eye(20), mu2, 4 * np.eye(20)) == pytest.approx(shift + 20, rel=1e-10)
     assert 0 <= fid.frechet_distance(mu1, sigma, mu1, sigma) < 1e-10
     assert fid.frechet_distance(mu1, 0 * sigma, mu2, 0 * sigma) == pytest.approx(shift, rel=1e-10)
-
-
-def test_frechet_agrees_with_sqrtm():
-    rng = np.random.default_rng(1)
-    a, b = rng.standard_normal((300, 30)) @ rng.standard_normal((30, 30)), rng.standard_normal((200, 30)) + 0.3
-    ours = fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-    assert ours == pytest.approx(frechet_by_sqrtm(a, b), rel=1e-9)
+    tensors = [torch.from_numpy(x).float().requires_grad_() for x in (mu1, sigma, mu2, 4 * sigma)]
+    arrays = [x.detach().double().numpy() for x in tensors]
+    assert fid.frechet_distance(*tensors) == fid.frechet_distance(*arrays)  # in float64 either way
 
 
 def test_frechet_of_singular_covariances():
@@ -153,7 +161,8 @@ def test_frechet_of_singular_covariances():
 
 def test_frechet_refuses_statistics_that_do_not_match():
     eye = np.eye(3)
-    for bad in ((np.zeros(3), eye, np.zeros(4), np.eye(4)), (np.zeros(3), eye, np.zeros(3), np.eye(4))):
+    for bad in ((np.zeros(3), eye, np.zeros(4), np.eye(4)), (np.zeros(3), eye, np.zeros(3), np.eye(4)),
+                (np.zeros(1), eye, np.zeros(3), eye), (0, eye, 0, eye)):
         with pytest.raises(ValueError, match="shapes"):
             fid.frechet_distance(*bad)
     with pytest.raises(ValueError, match="finite"):
@@ -164,39 +173,11 @@ def test_frechet_refuses_statistics_that_do_not_match():
 def test_feature_statistics_do_not_cancel(batch):
     """A mean of 1e5 and a spread of 1, where a sum of squares in float32 would lose every digit."""
     x = torch.randn(200, 12, generator=torch.Generator().manual_seed(0)).double() + 1e5
-    measured = fid.FeatureStatistics(12)
+    measured = fid.FeatureStatistics()
     for part in x.split(batch):
         measured.update(part)
     np.testing.assert_allclose(measured.mean, x.numpy().mean(0), rtol=1e-14)
     np.testing.assert_allclose(measured.cov, np.cov(x.numpy().T), rtol=1e-9, atol=1e-9)
-
-
-def test_feature_statistics_of_two_ranks(monkeypatch):
-    """Two threads play the ranks, of 5 and 3 features."""
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    barrier, parts = threading.Barrier(2), {}
-
-    def all_reduce(tensor):
-        parts[threading.get_ident()] = tensor.clone()
-        barrier.wait()
-        total = sum(parts.values())
-        barrier.wait()
-        tensor.copy_(total)
-
-    monkeypatch.setattr(fid, "dist", SimpleNamespace(is_initialized=lambda: True, all_reduce=all_reduce))
-    ranks = [fid.FeatureStatistics(4) for _ in range(2)]
-    for rank, part in zip(ranks, x.split(5), strict=True):
-        rank.update(part)
-    threads = [threading.Thread(target=rank.all_reduce) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    mean, cov = moments(x)
-    for rank in ranks:
-        assert rank.count == 8
-        np.testing.assert_allclose(rank.mean, mean, rtol=1e-12)
-        np.testing.assert_allclose(rank.cov, cov, rtol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +190,7 @@ def test_precision_recall_by_brute_force(offset):
     rng = np.random.default_rng(3)
     reference = (0.1 * rng.standard_normal((150, 8)) + offset).astype(np.float32)
     samples = (0.12 * rng.standard_normal((130, 8)) + 0.05 + offset).astype(np.float32)
-    expected = precision_recall_by_loops(reference, samples)
+    expected = precision_recall_by_cdist(reference, samples)
     assert 0.05 < min(expected) and max(expected) < 0.95 and expected[0] != expected[1]
     for block in (1, 7, 64, 1000):
         ours = fid.precision_recall(torch.from_numpy(reference), torch.from_numpy(samples), block=block)
@@ -236,10 +217,11 @@ def test_inception_score_of_certain_and_uniform_classes():
     # splits of 20 and 10, each counted once: 5 classes in the first, 1 in the second
     logits = 1e4 * torch.eye(10)[torch.tensor([0, 1, 2, 3, 4] * 4 + [7] * 10)]
     assert fid.inception_score(logits, split_size=20) == pytest.approx((5 + 1) / 2)
+    # splits of 5,000 by default: here two classes in turn, then one image alone
+    assert fid.inception_score(1e4 * torch.eye(2)[torch.arange(5001) % 2]) == pytest.approx((2 + 1) / 2)
 
 
-def test_lpips_is_differentiable_and_frozen(lpips_weights):
-    lpips = fid.LPIPS(*lpips_weights)
+def test_lpips_is_differentiable_and_frozen(lpips):
     a = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     b = a.flip(0).clone().requires_grad_()
     lpips(a, b).sum().backward()
@@ -252,48 +234,23 @@ def test_lpips_is_differentiable_and_frozen(lpips_weights):
     value = lpips(flat.detach(), flat)
     value.sum().backward()
     assert value.item() == 0 and flat.grad.abs().max() == 0
+    lpips = copy.deepcopy(lpips)
     lpips.features[28].bias -= 1e6  # no channel passes the last ReLU anywhere: features of norm 0
     assert lpips(a, b).isfinite().all()
 
 
-def test_inception_refuses_images_in_0_1(inception):
+def test_inception_takes_uint8_and_computes_in_full_precision(inception):
     with pytest.raises(ValueError, match="float32: give uint8"):
         inception(torch.rand(1, 3, 32, 32))
+    seen = []
 
+    def look(_, inputs):
+        seen.append((torch.backends.cudnn.allow_tf32, inputs[0].is_contiguous(memory_format=torch.channels_last)))
 
-@pytest.mark.parametrize("build, message", (
-    (lambda paths: fid.load_inception(), "pt_inception.*pass it with --inception-weights$"),
-    (lambda paths: fid.load_inception("nowhere.pth"), "nowhere.pth .*FileNotFound.*--inception-weights$"),
-    (lambda paths: fid.load_inception(paths[1]), "heads.pth .*KeyError.*--inception-weights$"),
-    (lambda paths: fid.LPIPS(), "lpips/weights/v0.1/vgg.pth and pass it with --lpips-weights$"),
-    (lambda paths: fid.LPIPS(lpips_weights=paths[1]), "/timm/vgg16.tv_in1k/.*model.safetensors .* --vgg-weights$"),
-    (lambda paths: fid.DINOv2(model="vit_tiny_patch16_224"), "/timm/vit_tiny_patch16_224/.* --dinov2-weights$"),
-))
-def test_missing_weights_are_one_clear_line(build, message, lpips_weights, monkeypatch, tmp_path):
-    """At once, too: without a network nothing is asked twice."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing downloaded before
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(ValueError, match=message) as error:
-        build(lpips_weights)
-    assert "\n" not in str(error.value)
-
-
-def test_weights_are_downloaded_once(monkeypatch, tmp_path):
-    """A timm model's file goes to torch's folder under its own name; the second time the network is not asked."""
-    fetched = []
-
-    def download(url, path):
-        fetched.append(url)
-        torch.save({"a.weight": torch.ones(1, 2), "b": torch.zeros(1)}, path)
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(fid.urllib.request, "urlopen", lambda url, timeout: SimpleNamespace(close=lambda: None))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    layer = torch.nn.Linear(2, 1, bias=False)
-    for _ in range(2):
-        fid.load_weights(layer, "https://huggingface.co/timm/x/resolve/main/y.pth", None, "--flag", prefix="a.")
-    assert torch.equal(layer.weight, torch.ones(1, 2)) and len(fetched) == 1
-    assert (tmp_path / "hub" / "checkpoints" / "timm_x_resolve_main_y.pth").exists()
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    with inception.Conv2d_2a_3x3.register_forward_pre_hook(look):
+        inception(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert seen == [(False, True)] and not any(x.requires_grad for x in inception.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -333,25 +290,72 @@ def test_dinov2_positions_and_resize(small_dinov2):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@pytest.mark.parametrize("build, message", (
+    (lambda paths: fid.InceptionV3(), "load https://github.com/.*-6726825d.pth .URLError.* --inception-weights$"),
+    (lambda paths: fid.InceptionV3("nowhere.pth"), "load nowhere.pth .FileNotFound.* --inception-weights$"),
+    (lambda paths: fid.InceptionV3(paths[1]), "heads.pth .RuntimeError.*Missing key.* --inception-weights$"),
+    (lambda paths: fid.LPIPS(), "load https://github.com/.*/v0.1/vgg.pth .URLError.* --lpips-weights$"),
+    (lambda paths: fid.LPIPS(None, paths[0]), "vgg16.pth .RuntimeError.*Missing key.* --lpips-weights$"),
+    (lambda paths: fid.LPIPS(None, paths[1]), "the weights of vgg16.tv_in1k .LocalEntryNotFound.* --vgg-weights$"),
+    (lambda paths: fid.DINOv2(paths[1], "vit_tiny_patch16_224"), "heads.pth of vit_tiny.*key.* --dinov2-weights$"),
+))
+def test_weights_that_cannot_be_had_are_one_line(build, message, lpips_weights, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing fetched before
+    with pytest.raises(ValueError, match=message) as error:
+        build(lpips_weights)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_what_is_fetched_and_where_it_goes(monkeypatch, inception_weights, lpips_weights):
+    asked, files = [], [*lpips_weights, inception_weights]  # the last is fetched first
+
+    def fetch(where, **options):
+        asked.append((where, options))
+        return read(files.pop())
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetch)
+    inception, lpips = fid.InceptionV3().state_dict(), fid.LPIPS().state_dict()
+    how = dict(map_location="cpu", weights_only=True)
+    assert asked[:2] == [(fid.INCEPTION, how), (fid.LPIPS_HEADS, how)] and asked[2][0] == "timm/vgg16.tv_in1k"
+    assert all(torch.equal(inception[key], value) for key, value in read(inception_weights).items())
+    heads = {f"heads.{key}": value for key, value in read(lpips_weights[1]).items()}
+    features = {key: value for key, value in read(lpips_weights[0]).items() if key.startswith("features")}
+    assert len(features) == 26 and all(torch.equal(lpips[key], value) for key, value in (heads | features).items())
+    with mock.patch.object(fid.timm, "create_model", side_effect=KeyError) as create, pytest.raises(ValueError):
+        fid.DINOv2()
+    model = "vit_large_patch14_dinov2.lvd142m"
+    assert create.mock_calls == [mock.call(model, pretrained=True, pretrained_cfg_overlay=None)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-TINY = ("--features", "dinov2")
+DINOV2 = ("--features", "dinov2")
 
 
-class TinyNetwork(torch.nn.Module):
-    """A quick network in DINOv2's place: the mean token of the demo's encoder."""
+class Colours(torch.nn.Module):
+    """Quick features in a network's place: the mean colours of 4 x 4 parts, (B, 48), in Inception's three outputs."""
 
-    def __init__(self, weights=None):
+    def __init__(self, weights):
         super().__init__()
-        self.encoder = encoder.Encoder("random-tiny", 32)
+        Colours.weights = weights
 
     def forward(self, images):
-        return (self.encoder(images[..., :32, :32] / 255).mean((2, 3)),)
+        return 3 * (F.adaptive_avg_pool2d(images / 255, 4).flatten(1),)
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr(fid, "DINOv2", TinyNetwork)
+def quick(monkeypatch):
+    monkeypatch.setattr(fid, "InceptionV3", Colours)
+    monkeypatch.setattr(fid, "DINOv2", type("Once", (Colours,), dict(forward=lambda *x: Colours.forward(*x)[:1])))
+
+
+def colours(images):
+    return Colours(None)(images)[0]
 
 
 def quick_distance(mu1, sigma1, mu2, sigma2):
@@ -366,15 +370,21 @@ def test_inception_suite(tmp_path, inception, monkeypatch, capsys):
     np.savez(tmp_path / "b.npz", b.permute(0, 2, 3, 1))
     seen = []
 
-    def load_inception(weights, device):
-        assert (weights, device) == ("inception.pth", "cpu")
-        return lambda images: seen.append((images.clone(), *inception(images))) or seen[-1][1:]
+    class Watched(Colours):
+        def forward(self, images):
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+            seen.append((images.clone(), *inception(images)))
+            return seen[-1][1:]
 
-    monkeypatch.setattr(fid, "load_inception", load_inception)
+    monkeypatch.setattr(fid, "InceptionV3", Watched)
     monkeypatch.setattr(fid, "frechet_distance", quick_distance)
-    argv = (tmp_path / "a.npz", tmp_path / "b.npz", "--inception-weights", "inception.pth", "--batch", 4)
-    scores = run(*argv)
-    printed = capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 starts PyTorch
+    torch.backends.cudnn.allow_tf32 = True
+    scores = run("a.npz", "b.npz", "--inception-weights", "w.pth", "--batch", 4)
+    printed, said = capsys.readouterr()
+    assert said.startswith("a.npz: 6 images of 32 x 32\nb.npz: 5 images of 32 x 32\nloading Inception: w.pth\n")
+    assert Colours.weights == "w.pth"
     assert [len(batch[0]) for batch in seen] == [4, 2, 4, 1]
     images, *outputs = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert torch.equal(images, torch.cat([a, b]))
@@ -383,72 +393,86 @@ def test_inception_suite(tmp_path, inception, monkeypatch, capsys):
     assert scores["sFID"] == pytest.approx(quick_distance(*moments(spatial_a), *moments(spatial_b)), rel=1e-5)
     p = scipy.special.softmax(logits, 1)
     assert scores["IS"] == pytest.approx(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()), rel=1e-5)
-    expected = precision_recall_by_loops(pool_a, pool_b)
+    expected = precision_recall_by_cdist(pool_a, pool_b)
     assert (scores["precision"], scores["recall"]) == pytest.approx(expected) and expected[0] != expected[1]
-    assert all(f"{name:<10}{value:.4f}\n" in printed for name, value in scores.items())
+    assert printed == "".join(f"{name:<10}{value:.4f}\n" for name, value in scores.items())
 
 
-@pytest.fixture
-def instead_of_inception(monkeypatch):
-    """Mean colours, in Inception's place and shapes: (B, 3), thrice."""
-    monkeypatch.setattr(fid, "load_inception", lambda *_: lambda images: 3 * (images.float().mean((2, 3)),))
-
-
-def test_paired_inception_is_rfid(tmp_path, instead_of_inception):
-    save_images(tmp_path / "a.npz", 4)
-    scores = run(tmp_path / "a.npz", tmp_path / "a.npz", "--paired", "--no-lpips")
-    assert scores.keys() == {"rFID", "PSNR", "SSIM"} and scores["PSNR"] == math.inf
-
-
-def test_statistics_beside_images_are_used(tmp_path, instead_of_inception, monkeypatch):
-    """As in the ADM release's references: statistics of more images than the file holds. Three images: no precision."""
-    monkeypatch.setattr(fid, "frechet_distance", lambda mu1, sigma1, mu2, sigma2: float(mu1.sum()))
-    images = save_images(tmp_path / "b.npz", 3).permute(0, 2, 3, 1)
-    np.savez(tmp_path / "a.npz", arr_0=images, mu=np.full(2048, 7), sigma=np.eye(2048))
-    scores = run(tmp_path / "a.npz", tmp_path / "b.npz")
-    assert scores.keys() == {"FID", "IS"} and scores["FID"] == 7 * 2048
-
-
-def test_statistics_without_images(tmp_path, monkeypatch):
-    """Inception statistics on both sides: FID and sFID without a network, and nothing else."""
+def test_statistics_in_a_file_are_used(tmp_path, quick, monkeypatch, capsys):
+    """FID and sFID need no images. Those beside statistics, as in the ADM release's references, serve the rest."""
     monkeypatch.setattr(fid, "frechet_distance", quick_distance)
-    for name, scale in (("a", 1), ("b", 4)):
-        mu, eye = np.full(2048, scale), scale * np.eye(2048, dtype=np.int8)
-        np.savez(tmp_path / f"{name}.npz", mu=mu, sigma=eye, mu_s=mu[:2023], sigma_s=eye[:2023, :2023])
-    scores = run(tmp_path / "a.npz", tmp_path / "b.npz")
-    assert scores == {"FID": (9 + 4) * 2048, "sFID": (9 + 4) * 2023}
+    monkeypatch.chdir(tmp_path)
+    images, eye = save_images("c.npz", 3), np.eye(2048, dtype=np.int8)
+    for name, scale, more in (("a", 1, {}), ("b", 4, dict(arr_0=images.permute(0, 2, 3, 1)))):
+        mu, sigma = np.full(2048, scale), scale * eye
+        np.savez(f"{name}.npz", mu=mu, sigma=sigma, mu_s=mu[:2023], sigma_s=sigma[:2023, :2023], **more)
+    np.savez("fid.npz", mu=eye[0], sigma=eye)
+    expected = {"FID": (9 + 4) * 2048, "sFID": (9 + 4) * 2023}
+    scores = run("a.npz", "b.npz")
+    assert scores.pop("IS") > 1 and scores == expected
+    assert capsys.readouterr().err.startswith("a.npz: statistics\nb.npz: statistics and 3 images of 32 x 32\nloading")
+    assert run("b.npz", "fid.npz").keys() == {"FID"}  # without mu_s
+    assert run("c.npz", "c.npz").keys() == {"FID", "sFID", "IS"}  # precision and recall take more than three images
+    assert run("b.npz", "c.npz", *DINOV2)["FD-DINOv2"] < 1  # other features are measured on the images
+    monkeypatch.setattr(fid, "InceptionV3", lambda *_: pytest.fail("nothing to measure"))
+    assert run("a.npz", "a.npz") == {"FID": 2048, "sFID": 2023}
 
 
-def test_statistics_serve_as_reference(tmp_path, tiny):
+def test_statistics_serve_as_reference(tmp_path, quick):
     paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
-    features = [TinyNetwork()(save_images(path, 150 - 10 * i, seed=i))[0] for i, path in enumerate(paths)]
-    direct = run(*paths, *TINY)
+    features = [colours(save_images(path, 150 - 10 * i, seed=i)) for i, path in enumerate(paths)]
+    direct = run(*paths, *DINOV2)
     expected = fid.frechet_distance(*moments(features[0]), *moments(features[1]))
     assert direct == {"FD-DINOv2": pytest.approx(expected, rel=1e-5)} and expected > 1e-4
-    fid.main([str(x) for x in (paths[0], "--save-stats", tmp_path / "stats.npz", *TINY)])
-    assert fid.load_statistics(tmp_path / "stats.npz", "dinov2")["sigma"].shape == (128, 128)
-    assert run(tmp_path / "stats.npz", paths[1], *TINY) == pytest.approx(direct, rel=1e-9)
-    # a file with Inception's statistics and images serves other features by its images
-    np.savez(tmp_path / "both.npz", arr_0=np.load(paths[0])["arr_0"], mu=np.zeros(2048), sigma=np.eye(2048))
-    assert run(tmp_path / "both.npz", paths[1], *TINY) == pytest.approx(direct, rel=1e-9)
+    assert run(paths[0], "--save-stats", tmp_path / "stats.npz", *DINOV2) == {}
+    assert fid.load_statistics(tmp_path / "stats.npz", "dinov2")["sigma"].shape == (48, 48)
+    assert run(tmp_path / "stats.npz", paths[1], *DINOV2) == pytest.approx(direct, rel=1e-9)
+    run(paths[0], paths[1], "--save-stats", tmp_path / "inception.npz")
+    saved = np.load(tmp_path / "inception.npz")
+    assert saved["features"] == "inception" and saved["mu_s"].shape == (48,)
+    np.testing.assert_allclose(saved["sigma_s"], moments(features[0])[1], rtol=1e-4, atol=1e-7)
 
 
-def test_paired_does_not_depend_on_batches(tmp_path, lpips_weights, tiny):
-    vgg, heads = lpips_weights
+def test_a_full_disk_leaves_nothing_in_the_way(tmp_path, quick, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_images(tmp_path / "a.npz", 4)
+    argv = tmp_path / "a.npz", "--save-stats", tmp_path / "s.npz"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(np, "savez", full)
+        run(*argv)
+    assert os.listdir(tmp_path) == ["a.npz"]
+    run(*argv)
+    assert sorted(os.listdir(tmp_path)) == ["a.npz", "s.npz"]
+
+
+def test_paired_does_not_depend_on_batches(tmp_path, lpips_weights, lpips, quick, monkeypatch, capsys):
     a, other = save_images(tmp_path / "a.npz", 7), save_images(tmp_path / "b.npz", 7, seed=1)
     b = (0.7 * a + 0.3 * other).byte()
     np.savez_compressed(tmp_path / "b.npz", b.permute(0, 2, 3, 1))
-    argv = (tmp_path / "a.npz", tmp_path / "b.npz", "--paired", *TINY, "--vgg-weights", vgg, "--lpips-weights", heads)
-    scores = run(*argv)
+    argv, (vgg, heads) = (tmp_path / "a.npz", tmp_path / "b.npz", "--paired"), lpips_weights
+    scores = run(*argv, "--vgg-weights", vgg, "--lpips-weights", heads)
+    assert f"loading LPIPS: {vgg} {heads}\n" in capsys.readouterr().err
     mse = ((a / 255.0 - b / 255.0) ** 2).mean((1, 2, 3)).numpy()
-    assert scores["PSNR"] == pytest.approx((10 * np.log10(1 / mse)).mean(), rel=1e-6)
-    assert scores["SSIM"] == pytest.approx(fid.ssim(a / 255, b / 255).mean().item(), rel=1e-6)
-    lpips = fid.LPIPS(vgg, heads)(a / 127.5 - 1, b / 127.5 - 1).mean().item()
-    assert scores["LPIPS"] == pytest.approx(lpips, rel=1e-5)
-    assert (run(*argv, "--batch", 3)) == pytest.approx(scores, rel=1e-5)
+    expected = {"PSNR": (10 * np.log10(1 / mse)).mean(), "SSIM": fid.ssim(a / 255, b / 255).mean().item()}
+    sets = {"LPIPS": lpips(a / 127.5 - 1, b / 127.5 - 1).mean().item(),
+            "rFID": fid.frechet_distance(*moments(colours(a)), *moments(colours(b)))}
+    assert scores == pytest.approx(expected | sets, rel=1e-5)
+    monkeypatch.setattr(fid, "LPIPS", lambda *paths: lpips if paths == (None, None) else pytest.fail("wrong files"))
+    assert run(*argv, "--batch", 3) == pytest.approx(scores, rel=1e-5)
+    said = capsys.readouterr().err
+    assert "loading LPIPS: vgg16.tv_in1k (fetched once), vgg.pth (fetched once)\nloading Inception: https://" in said
+    scores = run(*argv, "--no-lpips", *DINOV2)
+    assert scores.pop("FD-DINOv2") > 1e-4 and scores == pytest.approx(expected, rel=1e-5)
+    run(*argv, "--no-lpips", *DINOV2, "--dinov2-weights", "d.pth")
+    said = capsys.readouterr().err
+    assert Colours.weights == "d.pth" and "loading DINOv2: d.pth\n" in said
+    assert "loading DINOv2: vit_large_patch14_dinov2 (fetched once)\n" in said
 
 
-def test_folder_is_cropped_as_adm_does(tmp_path, tiny):
+def test_folder_is_cropped_as_adm_does(tmp_path, quick, capsys):
     """A folder of odd sizes gives what an npz of its crops gives, in order; its size is the npz's, or --size's."""
     rng = np.random.default_rng(0)
     (tmp_path / "folder").mkdir()
@@ -457,34 +481,38 @@ def test_folder_is_cropped_as_adm_does(tmp_path, tiny):
         image = Image.fromarray(rng.integers(0, 256, (40 + 9 * i, 90 - 7 * i, 3)).astype(np.uint8))
         image.save(tmp_path / "folder" / f"{i}.png")
         crops.append(np.array(encoder.center_crop(image, 32)))
+    (tmp_path / "folder" / "5.heic").touch()
     np.savez(tmp_path / "crops.npz", np.stack(crops))
-    argv = (tmp_path / "folder", tmp_path / "crops.npz", "--paired", "--no-lpips", *TINY, "--batch", 2)
+    argv = (tmp_path / "folder", tmp_path / "crops.npz", "--paired", "--no-lpips", "--batch", 2)
     for more in ((), ("--size", 32), ("--workers", 1)):
         scores = run(*argv, *more)
-        assert scores["PSNR"] == math.inf and scores["SSIM"] == pytest.approx(1) and scores["FD-DINOv2"] < 1e-9
+        assert scores == {"rFID": pytest.approx(0, abs=1e-9), "PSNR": 100, "SSIM": pytest.approx(1)}
+        line, *_ = capsys.readouterr().err.splitlines()
+        assert line == encoder.ImageFolder(tmp_path / "folder").summary() + "; cropped to 32 x 32" and ".heic 1" in line
     np.savez(tmp_path / "crops.npz", np.stack(crops[::-1]))
     assert run(*argv)["SSIM"] < 0.9
-    fid.main([str(x) for x in (tmp_path / "folder", "--save-stats", tmp_path / "s.npz", *TINY, "--workers", 0)])
+    run(tmp_path / "folder", "--save-stats", tmp_path / "s.npz")
     image = np.stack([encoder.center_crop(encoder.open_image(tmp_path / "folder" / f"{i}.png"), 256) for i in range(5)])
-    mean = TinyNetwork()(torch.from_numpy(image).permute(0, 3, 1, 2))[0].mean(0)  # 256 px, without another set
+    mean = colours(torch.from_numpy(image).permute(0, 3, 1, 2)).mean(0)  # 256 px, without another set
     np.testing.assert_allclose(np.load(tmp_path / "s.npz")["mu"], mean.double(), rtol=1e-4, atol=1e-6)
 
 
-def test_fd_dinov2(tmp_path, monkeypatch, small_dinov2):
-    images = save_images(tmp_path / "a.npz", 3), save_images(tmp_path / "b.npz", 2, seed=1)
-    monkeypatch.setattr(fid, "DINOv2", lambda weights: small_dinov2)
-    scores = run(tmp_path / "a.npz", tmp_path / "b.npz", "--features", "dinov2")
-    a, b = (moments(*small_dinov2(x)) for x in images)
-    assert scores == {"FD-DINOv2": pytest.approx(fid.frechet_distance(*a, *b), rel=1e-4)}
-
-
-def test_command_line_takes_full_precision(tmp_path, tiny):
-    """TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 starts PyTorch with TF32 on."""
-    save_images(tmp_path / "a.npz", 2)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    run(tmp_path / "a.npz", tmp_path / "a.npz", *TINY)
-    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+def test_two_folders_are_paired_by_name(tmp_path, quick, capsys):
+    """Twelve images as a/0.png to a/11.png, as b/x/00.bmp to b/x/11.bmp, and as c/x/00.png to c/x/11.png."""
+    for i in range(12):
+        image = Image.open(make_images(tmp_path / "image", 1, seed=i) / "0000.png")
+        for path in (f"a/{i}.png", f"b/x/{i:02}.bmp", f"c/x/{i:02}.png"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / path)
+    argv = ("--paired", "--no-lpips", "--size", 32)
+    assert run(tmp_path / "b", tmp_path / "c", *argv)["PSNR"] == 100
+    assert capsys.readouterr().err.count("; cropped to 32 x 32\n") == 2
+    for a, b, first in (("a", "b/x", "0.png of {0}/a with 00.bmp of {0}/b/x"),
+                        ("c/x", "b", "00.png of {0}/c/x with x/00.bmp of {0}/b")):
+        with pytest.raises(SystemExit, match="2"):
+            run(tmp_path / a, tmp_path / b, *argv)
+        said = capsys.readouterr().err
+        assert f"compare {first.format(tmp_path)}: give the images the same names\n" in said
 
 
 def test_copied_alone_in_flat_memory(tmp_path):
@@ -495,7 +523,9 @@ def test_copied_alone_in_flat_memory(tmp_path):
     code = """
 import resource, torch, fid
 torch.set_num_threads(1)
-fid.load_inception = lambda *_: lambda images: 3 * (images.float().mean((2, 3)),)
+class Colours(torch.nn.Identity):
+    forward = lambda self, images: 3 * (images.float().mean((2, 3)),)
+fid.InceptionV3 = Colours
 fid.main(["10.npz", "10.npz", "--device", "cpu"])
 for count in (1000, 4000):
     fid.main([f"{count}.npz", "--save-stats", f"{count}-stats.npz", "--device", "cpu"])
@@ -514,63 +544,94 @@ def world(tmp_path_factory):
     """A folder of inputs that can't be used, beside good.npz."""
     world = tmp_path_factory.mktemp("world")
     images = save_images(world / "good.npz", 4, size=16).permute(0, 2, 3, 1).numpy()
-    (world / "text.npz").write_text("no zip")
-    np.savez(world / "wide.npz", images.repeat(2, 2))
-    with fid.zipfile.ZipFile(world / "good.npz") as whole, fid.zipfile.ZipFile(world / "cut.npz", "w") as cut:
-        cut.writestr("arr_0.npy", whole.read("arr_0.npy")[:-10])
-    eye = np.eye(128)
-    np.savez(world / "stats.npz", mu=eye[0], sigma=eye, features="dinov2")
-    np.savez(world / "nan.npz", mu=eye[0], sigma=np.nan * eye, features="dinov2")
-    np.savez(world / "words.npz", mu=np.array(["a"]), sigma=eye, features="dinov2")
-    for name in ("a", "b", "c", "d"):
-        make_images(world / "broken" / name, 1, seed=ord(name))
-    for name in ("b", "d"):
-        path = world / "broken" / name / "0000.png"
+    eye = np.eye(48)
+    arrays = dict(wide=images.repeat(2, 2), tiny=images[:, :5, :5], void=images[:0], one=images[:1], grey=images[:, 0],
+                  rgba=images.repeat(2, 3)[..., :4], fortran=np.asfortranarray(images))
+    for name, more in {
+        **{name: dict(arr_0=array) for name, array in arrays.items()}, "none": {}, "mu": dict(mu=eye[0]),
+        "images": dict(images=images, labels=eye), "sigma": dict(arr_0=images, mu=eye[0]),
+        "stats": dict(mu=eye[0], sigma=eye, features="dinov2"), "words": dict(mu=np.array(["a"]), sigma=eye),
+        "nan": dict(mu=eye[0], sigma=np.nan * eye, features="dinov2"),
+    }.items():
+        np.savez(world / f"{name}.npz", **more)
+    noise = np.random.default_rng(0).integers(0, 4, (4, 64, 64, 3), np.uint8)
+    for name, save, at in (("crc", np.savez, 20000), ("zlib", np.savez_compressed, 100)):
+        save(world / f"{name}.npz", noise)
+        data = (world / f"{name}.npz").read_bytes()
+        (world / f"{name}.npz").write_bytes(data[:at] + bytes(99) + data[at + 99 :])
+    (world / "cut.npz").write_bytes((world / "good.npz").read_bytes()[:2000])
+    for name, header in dict(short=b"", magic=b"text").items():
+        with zipfile.ZipFile(world / "good.npz") as whole, zipfile.ZipFile(world / f"{name}.npz", "w") as file:
+            file.writestr("arr_0.npy", header + whole.read("arr_0.npy")[:-10])
+    for name in ("some/a", "some/b", "some/c", "some/d", "all"):
+        path = make_images(world / name, 2, seed=ord(name[-1])) / "0000.png"
+        if name[-1] in "bd":
+            path.write_bytes(path.read_bytes()[:60])
+    for path in (world / "all").iterdir():
         path.write_bytes(path.read_bytes()[:60])
     return world
 
 
+NOT = "is neither a folder nor a whole npz"
+
+
 @pytest.mark.parametrize("arguments, said", (  # further rows: tests/test_bad_input.py
-    ("good.npz text.npz", "text.npz is missing, or neither a folder of images nor a whole npz"),
-    ("cut.npz good.npz", "cut.npz: arr_0 is uint8 (4, 16, 16, 3) in 3062 bytes: give whole"),
-    ("stats.npz good.npz", "stats.npz holds no statistics (mu, sigma) of inception"),
+    ("cut.npz good.npz", f"cut.npz {NOT} (BadZipFile: "),
+    ("magic.npz good.npz", f"magic.npz {NOT} (ValueError: the magic string"),
+    ("words.npz good.npz", f"words.npz {NOT} (ValueError: "),
+    ("short.npz good.npz", "short.npz: arr_0 is uint8 (4, 16, 16, 3) in 3062 bytes: give whole"),
+    ("void.npz good.npz", "void.npz: arr_0 is uint8 (0, 16, 16, 3) in 0 bytes: give whole"),
+    ("rgba.npz good.npz", "rgba.npz: arr_0 is uint8 (4, 16, 16, 4)"),
+    ("grey.npz good.npz", "grey.npz: arr_0 is uint8 (4, 16, 3)"),
+    ("good.npz one.npz", "one.npz: 1 images of 16 x 16: give at least 2"),
+    ("fortran.npz good.npz", "fortran.npz: arr_0 is Fortran-ordered uint8 (4, 16, 16, 3)"),
+    ("images.npz good.npz", "images.npz holds images, labels, but no mu and sigma: give an npz of images (arr_0), or"),
+    ("none.npz good.npz", "none.npz holds nothing, but no mu and sigma"),
+    ("mu.npz good.npz", "mu.npz holds mu, but no sigma"),
+    ("sigma.npz good.npz", "sigma.npz holds arr_0, mu, but no sigma"),
+    ("stats.npz good.npz", "stats.npz holds statistics of dinov2, not of inception"),
     ("nan.npz good.npz --features dinov2", "nan.npz: sigma must be finite"),
-    ("words.npz good.npz --features dinov2", "words.npz cannot be read as statistics (ValueError)"),
-    ("stats.npz stats.npz --paired --features dinov2", "not 0 and 0"),
-    ("good.npz wide.npz --size 16", "16 x 16 and 16 x 32: make them one size"),
-    ("good.npz good.npz --save-stats stats.npz", "stats.npz exists: move it away"),
-    ("good.npz good.npz --size small", "--size: invalid positive value: 'small'"),
+    ("stats.npz stats.npz --paired --features dinov2", "sides, not stats.npz: statistics and stats.npz: statistics"),
+    ("good.npz wide.npz", "good.npz: 4 images of 16 x 16 and wide.npz: 4 images of 16 x 32: make them one size"),
+    ("tiny.npz tiny.npz --paired --no-lpips", "4 images of 5 x 5: SSIM needs sides of 6 pixels, LPIPS of 16"),
+    ("good.npz good.npz --save-stats stats.npz", "--save-stats stats.npz: it exists, or its folder does not"),
+    ("good.npz --save-stats nowhere/s.npz", "--save-stats nowhere/s.npz: it exists, or its folder does not"),
+    ("good.npz good.npz --size 16", "--size 16 is for folders"),
+    ("good.npz good.npz --size 0", "--size 0: give 1 or more"),
+    ("good.npz good.npz --batch -1", "--batch -1: give 1 or more"),
+    ("good.npz good.npz --workers -1", "--workers -1: give 0 or more"),
 ))
 def test_refusals(world, monkeypatch, capsys, arguments, said):
     """One line, exit code 2, before any network is made."""
     monkeypatch.chdir(world)
-    monkeypatch.setattr(fid, "load_inception", lambda *_: pytest.fail("too late"))
-    monkeypatch.setattr(fid, "DINOv2", lambda *_: pytest.fail("too late"))
+    for name in ("InceptionV3", "DINOv2", "LPIPS"):
+        monkeypatch.setattr(fid, name, lambda *_: pytest.fail("too late"))
     with pytest.raises(SystemExit, match="2"):
         fid.main(["--device", "cpu", *arguments.split()])
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and ": error: " in error
 
 
+@pytest.mark.parametrize("name, kind", (("crc", "BadZipFile: Bad CRC-32"), ("zlib", "error: Error -3")))
+def test_damage_among_the_images_is_named(world, quick, capsys, name, kind):
+    """It shows when they are read. The last line has the message alone: the progress bar is gone."""
+    with pytest.raises(SystemExit, match="2"):
+        run(world / f"{name}.npz", world / f"{name}.npz", "--paired", "--no-lpips", "--batch", 1)
+    *_, last = capsys.readouterr().err.split("\r")
+    assert f": error: {world / name}.npz {NOT} ({kind}" in last and last.count("\n") == 1 and "batch/s" not in last
+
+
 @pytest.mark.parametrize("workers", (0, 1))
-def test_all_unreadable_files_are_named(world, capfd, workers, tiny):
+@pytest.mark.parametrize("name, said", (("some", "2 images in "), ("all", "100 images in a row could not be read")))
+def test_unreadable_files_are_named(world, capfd, quick, workers, name, said):
+    """One line refuses them, by a process of the loader, too, whose traceback does not show."""
     with pytest.raises(SystemExit, match="2"):
-        fid.main([str(world / "broken"), *TINY, "--batch", "1", "--workers", str(workers), "--size", "16",
+        fid.main([str(world / name), "--batch", "1", "--workers", str(workers), "--size", "16",
                   "--save-stats", str(world / "new.npz")])
-    lines = [line for line in capfd.readouterr().err.splitlines() if "cannot read" in line]
-    assert [name for line, name in zip(lines, "bd", strict=True) if f"broken/{name}/0000.png" in line] == ["b", "d"]
+    *named, last = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "read" in line]
+    assert f": error: {said}" in last and all("cannot read " in line for line in named)
+    assert name == "all" or [path in line for line, path in zip(named, ("b/0000", "d/0000"), strict=True)] == [True] * 2
     assert not (world / "new.npz").exists()
-
-
-def test_a_folder_of_broken_images_is_refused_in_one_line(tmp_path, capfd, tiny):
-    """By a process of the loader, whose traceback does not show."""
-    for path in make_images(tmp_path / "broken", 2).iterdir():
-        path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(SystemExit, match="2"):
-        fid.main([str(tmp_path / "broken"), *TINY, "--workers", "1", "--save-stats", str(tmp_path / "new.npz")])
-    (line,) = [line for line in capfd.readouterr().err.splitlines()
-               if line.strip() and "%|" not in line and "cannot read " not in line]
-    assert "error: 100 images in a row could not be read" in line
 
 
 @pytest.mark.parametrize("key, bad", (("mu", np.zeros(2047)), ("sigma_s", np.eye(2)), ("mu_s", np.zeros((2023, 1)))))

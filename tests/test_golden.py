@@ -1,13 +1,15 @@
 """The models reproduce what the reference implementation recorded (tests/golden), to 1e-5 of the largest value."""
 
 import numpy as np
+import timm
 import torch
 from conftest import assert_close, golden, read_golden
 from PIL import Image
+from safetensors.torch import save_file
 
-from decoder import Decoder, from_published
-from dit import DiT, denormalize, guided, sample, time_shift
-from encoder import Encoder, center_crop
+from decoder import SIZES, Decoder, from_published, load_decoder
+from dit import DiT, denormalize, guided, load_stats, sample, time_shift
+from encoder import ENCODERS, Encoder, center_crop
 
 
 def dit_from_golden(config, state):
@@ -60,20 +62,42 @@ def test_golden_euler(file):
     assert_close(sample(guided(model, y, scale, weak), noise, **settings), arrays["x_autoguidance"])
 
 
+def encoder_from_golden(config, state, image_size, path):
+    """The encoder through a file for --encoder-weights: with all that timm's model has and the encoder drops, as 2."""
+    name = dict(dinov2="dinov2-b", dinov3="dinov3-l", mae="mae-b", siglip2="siglip2-b")[config["family"]]
+    shape = {key: config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}
+    shape |= dict(img_size=config["native_img_size"])
+    if config["family"] != "dinov3":  # timm's other ViT has its four registers by itself
+        shape["reg_tokens"] = config["reg_tokens"]
+    whole = timm.create_model(ENCODERS[name], **shape).state_dict()
+    dropped = {key: torch.full_like(whole[key], 2) for key in whole if key.startswith(("norm.", "attn_pool."))}
+    torch.save(state | dropped, path)
+    encoder = Encoder(name, image_size, path, config.get("layers", ()), **shape)
+    assert encoder.input_size == config["img_size"]
+    assert encoder.vit.num_prefix_tokens == config["reg_tokens"] + ("cls_token" in state)
+    torch.testing.assert_close(encoder.mean.flatten(), torch.tensor(config["pixel_mean"]))
+    torch.testing.assert_close(encoder.std.flatten(), torch.tensor(config["pixel_std"]))
+    return encoder
+
+
 @golden("encoder")
 def test_golden_encoder(file, tmp_path):
     arrays, config, states = read_golden(file)
-    torch.save(states["state"], tmp_path / "vit.pth")
-    name = {"dinov2": "dinov2-b", "mae": "mae-b", "siglip2": "siglip2-b"}[config["family"]]
-    model = Encoder(
-        name, image_size=arrays["images"].shape[-1], weights=tmp_path / "vit.pth", img_size=config["native_img_size"],
-        patch_size=config["patch_size"], embed_dim=config["embed_dim"], depth=config["depth"],
-        num_heads=config["num_heads"], reg_tokens=config["reg_tokens"],
-    )
-    assert model.input_size == config["img_size"]
-    torch.testing.assert_close(model.mean.flatten(), torch.tensor(config["pixel_mean"]))
-    torch.testing.assert_close(model.std.flatten(), torch.tensor(config["pixel_std"]))
-    assert_close(model(arrays["images"]), arrays["latents"])
+    encoder = encoder_from_golden(config, states["state"], arrays["images"].shape[-1], tmp_path / "vit.pth")
+    assert_close(encoder(arrays["images"]), arrays["latents"])
+
+
+@golden("encoder_layers")
+def test_golden_encoder_layers(file, tmp_path):
+    """Its latents are not those of the last block alone; the order and repetitions of the numbers say nothing."""
+    arrays, config, states = read_golden(file)
+    size = arrays["images"].shape[-1]
+    for layers in (config["layers"], config["layers"][::-1] * 2):
+        encoder = encoder_from_golden(config | dict(layers=layers), states["state"], size, tmp_path / "vit.pth")
+        assert encoder.record["layers"] == sorted(config["layers"])
+        assert_close(encoder(arrays["images"]), arrays["latents"])
+    last = encoder_from_golden(config | dict(layers=()), states["state"], size, tmp_path / "vit.pth")
+    assert (last(arrays["images"]) - arrays["latents"]).abs().max() > 0.05 * arrays["latents"].abs().max()
 
 
 @golden("center_crop")
@@ -97,3 +121,25 @@ def test_golden_decoder(file):
     torch.testing.assert_close(model.positions, states["state"]["decoder_pos_embed"])
     z = denormalize(arrays["z"], {"mean": arrays["latent_mean"], "var": arrays["latent_var"]})
     assert_close(model(z), arrays["image"])
+
+
+@golden("decoder_diffusers")
+@torch.no_grad()
+def test_golden_decoder_diffusers(file, tmp_path, monkeypatch):
+    """Through load_decoder with the grid given, from both kinds of file; its statistics from the same file."""
+    arrays, config, states = read_golden(file)
+    state, (_, C, grid, _) = states["state"], arrays["latents"].shape
+    heads = config["decoder_num_attention_heads"]  # no tensor tells their number: a row of the table of sizes does
+    monkeypatch.setitem(SIZES, "golden", dict(width=config["decoder_hidden_size"], heads=heads))
+    torch.save(state, tmp_path / "model.pt")
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    for name in ("model.pt", "model.safetensors"):
+        model, info = load_decoder(tmp_path / name, dict(mean=[9.0] * 3, std=[9.0] * 3), grid=grid)  # it has its own
+        assert info == {} and (model.latent_shape, model.patch) == ((C, grid, grid), config["patch_size"])
+        assert len(model.blocks) == config["decoder_num_hidden_layers"]
+        assert model.blocks[0].heads == heads
+        assert_close(model(arrays["latents"]), arrays["image"])
+        stats = load_stats(tmp_path / name, (C, grid, grid))
+        assert torch.equal(stats["mean"], state["_latents_mean"])
+        var = state["_latents_std"].double().square() - 1e-5
+        torch.testing.assert_close(stats["var"].double(), var, rtol=1e-6, atol=0)

@@ -52,7 +52,7 @@ def test_demo_resumes_and_then_says_that_it_is_finished(runs, capsys):
     capsys.readouterr()
     train_decoder.main([*DECODER, "--epochs", "0.14"])
     train_dit.main([*DIT, "--epochs", "0.14"])
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["finished", "finished"]
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == 2 * ["shapes", "finished"]
 
 
 def test_demo_draws_a_grid(runs):
@@ -73,13 +73,13 @@ def test_under_torchrun(tmp_path):
 
 
 @pytest.mark.parametrize("classes, read_as, known", [
-    (["a", "b", "c"], "data: 6 images, classes: 3 (a, b, c)", ["a", "b", "c"]),
-    ([], "data: 6 images, classes: 1 (data)", ["data"]),
-    (["train/a", "train/b/deep", "val/a"], "data/train: 4 images, classes: 2 (a, b)", ["a", "b"]),
+    (["a", "b", "c"], "data: 12 images, classes: 3 (a, b, c); left out: .txt 1", ["a", "b", "c"]),
+    ([], "data: 12 images, classes: 1 (data); left out: .txt 1", ["data"]),
+    (["train/a", "train/b/deep", "val/a"], "data/train: 8 images, classes: 2 (a, b); left out: .txt 1", ["a", "b"]),
 ])
 def test_train_dit_on_folders(tmp_path, classes, read_as, known, capsys):
-    make_images(tmp_path / "data", 6, size=(70, 50), classes=classes)
-    (tmp_path / "data" / "notes.txt").write_text("no image")
+    make_images(tmp_path / "data", 12, size=(70, 50), classes=classes)
+    (tmp_path / "data" / (classes or [""])[0].split("/")[0] / "notes.txt").write_text("no image")
     train_dit.main(["--preset", "demo", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "dit"),
                     "--batch", "2", "--epochs", "1", "--workers", "0", "--device", "cpu"])
     assert read_as in capsys.readouterr().out
@@ -101,9 +101,11 @@ def test_readme_commands_have_flags_that_exist(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").touch()
     monkeypatch.chdir(tmp_path)
     text = "".join([README.replace("\\\n", " "), *(script.__doc__ for script in SCRIPTS.values())])
+    for name, words, word in re.findall(r'\b([A-Z]+\d?)=(?:"([^"]*)"|(\S+))', text):  # the shell's variables
+        text = text.replace(f"${name}", words or word)
     commands = re.findall(r"(?:python|torchrun [^\n]*?) (train_decoder|train_dit|sample|fid)\.py([^\n`]*)", text)
     for script, arguments in commands:
-        arguments = shlex.split(arguments.split("&&")[0], comments=True)
+        arguments = shlex.split(re.split("&&|;", arguments)[0], comments=True)
         if not {"...", "REFERENCE"} & set(arguments):
             SCRIPTS[script].parse_args(arguments)
     assert len(commands) > 25 and {script for script, _ in commands} == set(SCRIPTS)

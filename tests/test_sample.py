@@ -1,12 +1,15 @@
-"""sample.py through its command line: published and our own files, labels, trajectories, outputs, reconstruction."""
+"""sample.py through its command line: published and our own files, the hub, labels, trajectories, outputs."""
 
 import os
+import resource
 import signal
+import sys
 import zipfile
-from argparse import Namespace
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import finish, make_images, published_decoder, published_dit, randomize, start_ranks
 from PIL import Image
@@ -20,6 +23,8 @@ TRUNK = {key: value for key, value in dits.SIZES["DiT-DH-tiny"].items() if "head
 LATENT = dict(latent_dim=8, grid=4)
 RECORD = dict(name="random-tiny", image_size=32, mean=[0.5] * 3, std=[0.5] * 3)
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
+OUR_PIXELS, IMAGENET = (dict(mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3)),
+                        dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
 
 
 def diffusion_model(seed=0, num_classes=6, **other):
@@ -30,15 +35,28 @@ def diffusion_model(seed=0, num_classes=6, **other):
 
 
 def small_decoder(seed=3, **other):
-    settings = LATENT | dict(patch=2, width=128, depth=1, heads=4, mlp=64) | other
+    settings = LATENT | decoders.SIZES["ViT-tiny"] | dict(patch=2, depth=1, mlp=64) | other
     model = randomize(decoders.Decoder(**settings), seed, 0.05)
     model.embed.weight.mul_(10)  # so that the latents show
     return model
 
 
-def ours(path, kind, model, name="random-tiny", **other):
-    record = RECORD | dict(name=name)
-    torch.save(dict(kind=kind, config=model.config, model=model.state_dict(), encoder=record, **other), path)
+def ours(path, kind, model, encoder=RECORD, **other):
+    torch.save(dict(kind=kind, config=model.config, model=model.state_dict(), encoder=encoder, **other), path)
+
+
+def diffusers(model, stats):
+    """A decoder in the layout of diffusers' AutoencoderRAE: its prefix and names, no positions, the statistics."""
+    names = {"attention.attention.query": "attention.to_q", "attention.attention.key": "attention.to_k",
+             "attention.attention.value": "attention.to_v", "attention.output.dense": "attention.to_out.0"}
+    state = {"encoder.layer.weight": torch.ones(2), "encoder_mean": model.mean, "encoder_std": model.std,
+             "_latents_mean": stats["mean"], "_latents_std": (stats["var"] + 1e-5).sqrt()}
+    for key, value in published_decoder(model).items():
+        for theirs, name in names.items():
+            key = key.replace(theirs, name)
+        state[f"decoder.{key}"] = value
+    del state["decoder.decoder_pos_embed"]
+    return {key: value.clone().contiguous() for key, value in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +71,15 @@ def files(tmp_path_factory):
     torch.save(published_decoder(small_decoder()), folder / "model.pt")
     torch.save({"mean": None, "var": stats["var"]}, folder / "stat.pt")
     ours(folder / "dit.pt", "dit", diffusion_model(), classes=NAMES, **rest)
-    ours(folder / "decoder.pt", "decoder", small_decoder(mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3)), epoch=1.0)
+    ours(folder / "decoder.pt", "decoder", small_decoder(**OUR_PIXELS), epoch=1.0)
     ours(folder / "unconditional.pt", "dit", diffusion_model(num_classes=0), **rest)
+    layers = RECORD | dict(layers=[0, 2])
+    ours(folder / "dit_02.pt", "dit", diffusion_model(), layers, **rest)
+    ours(folder / "decoder_02.pt", "decoder", small_decoder(), layers)
+    # The paper's decoder upsampling: the encoder has 32 px (4 x 4 tokens), the decoder puts out 64 px.
+    upsampling = small_decoder(latent_dim=128, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    ours(folder / "upsampling.pt", "decoder", upsampling)
+    ours(folder / "upsampling_02.pt", "decoder", upsampling, layers)
     Image.effect_noise((40, 60), 90).convert("RGB").save(folder / "photo.png")
     return folder
 
@@ -67,6 +92,7 @@ def inside(files, monkeypatch):
 PUBLISHED = ["--dit", "stage2.pt", "--decoder", "model.pt", "--stats", "stat.pt"]
 OURS = ["--dit", "dit.pt", "--decoder", "decoder.pt"]
 QUICK = ["--steps", "4", "--device", "cpu"]
+TWO = ["--classes", 4, 0, "--per-class", 1]
 
 
 def run(out, *arguments):
@@ -80,18 +106,24 @@ def images(path, *arguments):
         return file["arr_0"]
 
 
+def picture(path, *arguments):
+    run(path, *arguments)
+    return np.asarray(Image.open(path))
+
+
 def refused(capsys, *arguments):
-    """The one line by which the script refuses these arguments."""
+    """The line, below the usage, by which the script refuses these arguments."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         sample.main([*QUICK, *map(str, arguments)])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert exit.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+    usage, line = capsys.readouterr().err.strip().splitlines()
+    assert exit.value.code == 2 and usage.startswith("usage: "), usage
+    return line
 
 
-def by_hand(labels, seed=0, scale=1.0, guide=None, interval=(0.0, 1.0), steps=4, trajectory=False):
+def by_hand(labels, seed=0, scale=1.0, guide=None, interval=(0.0, 1.0), steps=4, trajectory=False, pixels=IMAGENET):
     """What the published files draw, written out with the models themselves; or the estimates of all steps."""
-    model, decoder = diffusion_model(), small_decoder(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    model, decoder = diffusion_model(), small_decoder(**pixels)
     noise = [np.random.default_rng((seed, i)).standard_normal((8, 4, 4), dtype=np.float32) for i in range(len(labels))]
     y, null = torch.tensor(labels), torch.full((len(labels),), 6)
 
@@ -103,7 +135,7 @@ def by_hand(labels, seed=0, scale=1.0, guide=None, interval=(0.0, 1.0), steps=4,
             v = weak + scale * (v - weak)
         return v
 
-    def pixels(x):
+    def decoded(x):
         z = x * (torch.load("stat.pt")["var"] + 1e-5).sqrt()
         return (decoder(z).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
 
@@ -111,9 +143,9 @@ def by_hand(labels, seed=0, scale=1.0, guide=None, interval=(0.0, 1.0), steps=4,
     for step in range(steps):
         t = 1 - step / steps
         v = velocity(x, t)
-        estimates.append(pixels(x - t * v))
+        estimates.append(decoded(x - t * v))
         x = x - v / steps
-    return estimates if trajectory else pixels(x)
+    return estimates if trajectory else decoded(x)
 
 
 def same(a, b):
@@ -131,11 +163,14 @@ def same(a, b):
     (["--scale", "3"], dict(scale=3.0)),
     (["--scale", "3", "--interval", "0.3", "0.75"], dict(scale=3.0, interval=(0.3, 0.75))),
     (["--guide", "guide.pt", "--scale", "1.42"], dict(scale=1.42, guide=1)),
-    (["--unconditional"], dict(labels=[6] * 4)),
+    (["--scale", "3", "--interval", "0.3", "0.4"], {}),  # no time of the grid lies in it
+    (["--scale", "3", "--guide", "stage2.pt"], {}),
+    (["--unconditional", "--per-class", 4], dict(labels=[6] * 4)),
 ])
 def test_published_files_draw_what_the_models_give(tmp_path, arguments, settings):
     """`sample.py --dit stage2_model.pt --decoder model.pt --stats stat.pt --classes ...`, against the formulas."""
-    drawn = images(tmp_path / "x.npz", *PUBLISHED, "--classes", 4, 0, "--per-class", 2, *arguments)
+    classes = [] if "--unconditional" in arguments else ["--classes", 4, 0, "--per-class", 2]
+    drawn = images(tmp_path / "x.npz", *PUBLISHED, *classes, *arguments)
     settings = dict(labels=[4, 4, 0, 0]) | settings
     if "guide" in settings:
         settings["guide"] = diffusion_model(seed=1)
@@ -146,191 +181,217 @@ def test_published_files_draw_what_the_models_give(tmp_path, arguments, settings
             assert not same(drawn, by_hand(**(dict(labels=[4, 4, 0, 0]) | other))), other
 
 
-def test_guidance_that_changes_nothing(tmp_path):
-    classes = [*PUBLISHED, "--classes", 4, 0, "--per-class", 2]
-    plain = images(tmp_path / "plain.npz", *classes)
-    assert same(images(tmp_path / "one.npz", *classes, "--scale", 1), plain)
-    assert same(images(tmp_path / "self.npz", *classes, "--guide", "stage2.pt", "--scale", 3), plain)
-    outside = images(tmp_path / "outside.npz", *classes, "--scale", 3, "--interval", "0.3", "0.4")
-    assert same(outside, plain), "no time of the grid lies in the interval"
-
-
-def test_guidance_of_all_times_guides_every_step():
-    """t' of t = 1 is a hair above 1 in float32 for these latents; the default interval ends at 1."""
-    seen = []
-
-    def weak(x, t, y):
-        seen.append(t[0].item())
-        return torch.zeros_like(x)
-
-    velocity = dits.guided(lambda x, t, y: x, torch.zeros(1).long(), 1.42, weak)
-    dits.sample(velocity, torch.randn(1, 2, 2, 2), 50, dits.shift_for((384, 16, 16)))
-    assert len(seen) == 50 and seen[0] == 1
-
-
-def test_a_batch_script_of_slurm_is_no_launch_of_several_processes(monkeypatch):
-    """Its job has SLURM_NTASKS tasks, but this command is none of them: timm would wait for the others."""
-    for name, value in (("SLURM_NTASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")):
-        monkeypatch.setenv(name, value)
-    args = Namespace(device="cpu", precision="float32", compile=None)
-    device, _ = encoders.set_up(args)
-    assert device.type == "cpu" and (args.rank, args.world_size) == (0, 1)
-    assert not torch.distributed.is_initialized()
+def by_sampler(model, labels, shift):
+    """What `model` and our decoder draw, with the statistics of our files."""
+    noise = dits.sample_noise(0, range(len(labels)), (8, 4, 4))
+    x = dits.sample(dits.guided(model, torch.tensor(labels)), noise, 4, shift)
+    return decoders.to_uint8(small_decoder(**OUR_PIXELS)(dits.denormalize(x, torch.load("dit.pt")["stats"]))).numpy()
 
 
 def test_our_files_know_their_statistics_shift_and_pixels(tmp_path):
-    ours = images(tmp_path / "ours.npz", *OURS, "--classes", 1, 2, "--per-class", 1)
+    """A published model has the shift of its latents, here 1; diffusers' file has the statistics beside the decoder."""
     stats = torch.load("dit.pt")["stats"]
     torch.save(stats, tmp_path / "stat.pt")
-    noise = dits.sample_noise(0, range(2), (8, 4, 4))
-    x = dits.sample(dits.guided(diffusion_model(), torch.tensor([1, 2])), noise, 4, shift=20.0)
-    decoder = small_decoder(mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3))
-    assert same(ours, decoders.to_uint8(decoder(dits.denormalize(x, stats))).numpy())
-    bare = images(tmp_path / "bare.npz", "--dit", "stage2.pt", "--decoder", "decoder.pt", "--encoder", "random-tiny",
-                  "--stats", tmp_path / "stat.pt", "--classes", 1, 2, "--per-class", 1)
-    assert not same(bare, ours), "a published model has the shift of its latents, here 1, ours the recorded one"
+    torch.save(diffusers(small_decoder(**OUR_PIXELS), stats), tmp_path / "both.pt")
+    bare = ["--dit", "stage2.pt", "--encoder", "random-tiny", "--classes", 1, 2]
+    for i, (shift, flags) in enumerate([
+        (20.0, [*OURS, "--classes", "bee", 2]),
+        (1.0, [*bare, "--decoder", "decoder.pt", "--stats", tmp_path / "stat.pt"]),
+        (1.0, [*bare, "--decoder", tmp_path / "both.pt", "--stats", tmp_path / "both.pt"]),
+    ]):
+        drawn = images(tmp_path / f"{i}.npz", *flags, "--per-class", 1)
+        assert same(drawn, by_sampler(diffusion_model(), [1, 2], shift)), flags
 
 
 def test_compiled_blocks_meet_one_shape_and_draw_the_same(tmp_path, graphs):
     """A smaller last batch is filled up: one graph for the decoder's blocks and one for those of model and guide."""
     arguments = [*OURS, "--guide", "guide.pt", "--encoder", "random-tiny", "--scale", 2, "--num-samples", 5]
-    drawn = images(tmp_path / "compiled.npz", *arguments, "--batch", 3, "--compile")
+    drawn = images(tmp_path / "compiled.npz", *arguments, "--batch", 3, "--compile", "on")
     assert len(graphs) == 2
     assert same(drawn, images(tmp_path / "eager.npz", *arguments, "--batch", 5))
     assert len(graphs) == 2, "on a CPU nothing is compiled unless it is asked for"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels
+def test_what_is_compiled(monkeypatch):
+    model = Namespace(to=lambda device: model, image_size=8, num_classes=6)
+    monkeypatch.setattr(sample, "load_models", lambda args: (model, None, {}, 1.0, model, []))
+    monkeypatch.setattr(sample, "compile_blocks", lambda *models: made.append(models))
+    monkeypatch.setattr(sample, "write_images", lambda *_: None)
+    for row, compiled in {"cuda --num-samples 1000": True, "cuda --num-samples 999": False, "cuda": False,
+                          "cuda --compile on": True, "cuda --num-samples 1000 --compile off": False,
+                          "cpu --num-samples 1000": False}.items():
+        made, (device, *flags) = [], row.split()
+        sample.generate(sample.parse_args(["--out", "x.npz", *flags])[1], 0, 1, torch.device(device), None)
+        assert bool(made) == compiled, row
 
 
-def test_classes_by_name_and_number(tmp_path):
-    arguments = [*OURS, "--per-class", 2, "--classes"]
-    numbers = images(tmp_path / "numbers.npz", *arguments, 4, 0, 5)
-    np.testing.assert_array_equal(images(tmp_path / "names.npz", *arguments, "eel", "ant", "fox"), numbers)
-    np.testing.assert_array_equal(images(tmp_path / "mixed.npz", *arguments, "eel", 0, "fox"), numbers)
-    assert not same(images(tmp_path / "other.npz", *arguments, "bee", 0, "fox"), numbers)
+AUTHORS = "nyu-visionx/RAE-collections/"
+THEIRS = {  # flag -> the authors' file at 256 px, at 512 px, and ours in its place
+    "--dit": ("DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt",
+              "DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt", "stage2.pt"),
+    "--stats": ("stats/dinov2/wReg_base/imagenet1k/stat.pt", "stats/dinov2/wReg_base/imagenet1k_512/stat.pt",
+                "stat.pt"),
+    "--decoder": ("decoders/dinov2/wReg_base/ViTXL_n08/model.pt", "decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
+                  "model.pt"),
+    "--guide": ("DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt",
+                "DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt", "guide.pt"),
+}
 
 
-def labels_of(classes=None, names=(), num_classes=6, **other):
-    args = Namespace(**dict(classes=classes, per_class=1, num_samples=None, unconditional=False, dit="dit.pt") | other)
-    return sample.labels_of(args, Namespace(num_classes=num_classes, null_class=num_classes), names)
+@pytest.mark.parametrize("preset, place, scale", [("imagenet256", 0, 1.42), ("imagenet512", 1, 1.5), ("", 2, 2.0)])
+def test_published_is_the_authors_files_with_their_guidance(preset, place, scale, monkeypatch, tmp_path):
+    """On a hub that holds these files alone. The last row: any flag takes a path on the hub, without --published."""
+    held, asked = {(AUTHORS if preset else "me/mine/deep/") + row[place]: row[2] for row in THEIRS.values()}, []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download",
+                        lambda repository, path: asked.append(f"{repository}/{path}") or held[asked[-1]])
+    paths = [part for flag, path in zip(THEIRS, held, strict=True) for part in (flag, f"hf:{path}")]
+    flags = [*TWO, *(["--published", "--preset", preset] if preset else [*paths, "--scale", scale])]
+    guided = by_hand([4, 0], scale=scale, guide=diffusion_model(seed=1))
+    assert same(images(tmp_path / "x.npz", *flags), guided) and asked == list(held)
+    for path, (flag, row) in zip(held, THEIRS.items(), strict=True):
+        asked.clear()
+        assert same(images(tmp_path / f"{flag}.npz", *flags, flag, row[2]), guided)
+        assert asked == [other for other in held if other != path], "the user's own takes its place"
+    if preset:
+        asked.clear()
+        assert same(images(tmp_path / "1.npz", *flags, "--scale", 1), by_hand([4, 0])) and asked == list(held)[:3]
+        drawn = images(tmp_path / "3.npz", *flags, "--scale", 3)
+        assert same(drawn, by_hand([4, 0], scale=3.0, guide=diffusion_model(seed=1))) and not same(drawn, guided)
 
 
-def test_labels():
+def test_a_bare_decoder_of_dinov3_puts_out_pixels_as_they_are(tmp_path):
+    """By --encoder, or by the record of the diffusion model."""
+    torch.save(torch.load("dit.pt") | dict(shift=1.0, encoder=RECORD | dict(name="dinov3-l")), tmp_path / "dit.pt")
+    expected = by_hand([4, 0], pixels=dict(mean=(0.0,) * 3, std=(1.0,) * 3))
+    for flags in (["--encoder", "dinov3-s"], ["--dit", tmp_path / "dit.pt"]):
+        assert same(images(tmp_path / f"{flags[0]}.npz", *PUBLISHED, *TWO, *flags), expected)
+
+
+def test_layers_make_a_pair(capsys, tmp_path):
+    """A diffusion model and a decoder of other layers don't go together; --layers says it for files that don't."""
+    bare = [*PUBLISHED, "--decoder", "decoder_02.pt", "--encoder", "random-tiny"]
+    alone = ["--dit", "dit_02.pt"]
+    for flags in ([*OURS, "--decoder", "decoder_02.pt"], [*OURS, *alone], bare, [*bare, "--layers", 0, 1]):
+        line = refused(capsys, *flags, "--out", tmp_path / "x.png")
+        assert "random-tiny, layers 0 2" in line and "give a matching pair" in line
+    pair = [*alone, "--decoder", "decoder_02.pt"]
+    line = refused(capsys, *pair, "--guide", "dit.pt", "--scale", 2, "--out", tmp_path / "x.png")
+    assert "--guide dit.pt differs in encoder" in line and not list(tmp_path.iterdir())
+    for flags in (pair, [*bare, "--layers", 0, 2]):
+        run(tmp_path / "x.png", *flags, "--classes", 4)
+
+
+def labels_of(classes=(), names=(), num_classes=6, **other):
+    args = dict(classes=list(classes), per_class=1, num_samples=0, unconditional=False, dit="dit.pt", seed=0) | other
+    return sample.labels_of(Namespace(**args), Namespace(num_classes=num_classes, null_class=num_classes), list(names))
+
+
+def test_labels(capsys):
     assert labels_of(["3", "1"], per_class=2) == [3, 3, 1, 1]
     assert labels_of(num_classes=1000) == list(range(10)), "the model's own first ten"
     assert labels_of(per_class=2) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "or as many as it has"
-    assert labels_of(["1", "2", "x"], names=["1", "2", "4", "x"], num_classes=4) == [1, 2, 3], "a number is a number"
-    assert labels_of(names=["1", "2", "4", "x"], num_classes=4) == [0, 1, 2, 3]
-    assert labels_of(num_samples=8) == [0, 1, 2, 3, 4, 5, 0, 1]
     assert labels_of(num_samples=3, unconditional=True) == [6, 6, 6]
     assert labels_of(num_samples=3, num_classes=0) == labels_of(num_classes=0, per_class=3) == [0, 0, 0]
-    assert labels_of(["3", "1"], per_class=2, unconditional=True) == [6] * 4
+    months = sorted(map(str, range(1, 13)))  # 1, 10, 11, 12, 2, ...: folders in the order of their names
+    capsys.readouterr()
+    assert labels_of(["1", "10", "0", "9"], names=months, num_classes=12) == [0, 1, 0, 11], "a name before a number"
+    assert capsys.readouterr().out == "drawing 1 of each class: 0 1, 1 10, 0 1, 11 9\n"
 
 
-def test_images_of_each_class():
-    def per_class(*flags):
-        return sample.parse_args(list(flags))[1].per_class
-
-    assert (per_class(), per_class("--preset", "demo")) == (4, 10)
-    assert per_class("--trajectory") == per_class("--trajectory", "--preset", "demo") == 1
-    assert per_class("--trajectory", "--per-class", "3") == per_class("--per-class", "3") == 3
-
-
-@pytest.mark.parametrize("arguments, said", [
-    ([*OURS, "--classes", "3", "cow"],
-     "--classes cow: dit.pt knows 0 to 5, ant, bee, cat, dog, eel"),
-    ([*OURS, "--classes", "6"], "--classes 6: dit.pt knows 0 to 5, ant, bee, cat, dog, eel"),
-    ([*PUBLISHED, "--classes", "-1"], "--classes -1: stage2.pt knows 0 to 5"),
-    ([*PUBLISHED, "--classes", "ant"], "--classes ant: stage2.pt knows 0 to 5"),
-    ([*OURS, "--num-samples", "5", "--classes", "3"], "leave --classes and --per-class out"),
-    ([*OURS, "--num-samples", "5", "--per-class", "4"], "leave --classes and --per-class out"),
-    ([*OURS, "--trajectory", "--steps", "7"], "--trajectory needs sampling in at least 8 steps, not --steps 7"),
-    ([*OURS, "--trajectory", "--steps", "8", "--reconstruct", "photo.png"], "--trajectory needs sampling"),
-    ([*OURS, "--num-samples", "10001"], "10001 images are too many for one picture: give --out an .npz"),
-    (["--dit", "stage2.pt", "--decoder", "model.pt"], "give its latent statistics with --stats"),
-], ids=str)
-def test_refusals(arguments, said, capsys, tmp_path):
-    line = refused(capsys, *arguments, "--out", tmp_path / "x.png")
-    assert said in line
-    assert line.endswith(said) or said.endswith("such as") or "--classes" not in said
-    assert not list(tmp_path.iterdir())
+def test_labels_for_scores_are_balanced_and_shuffled():
+    labels = labels_of(num_samples=50000, num_classes=1000)
+    assert np.bincount(labels).tolist() == [50] * 1000
+    splits = [np.bincount(part, minlength=1000) for part in np.split(np.array(labels), 10)]
+    # In turn, each class would have 5 in each split of 5,000. Drawn from all, their variance is 5 x 0.9.
+    assert all(3.9 < split.var() < 5.1 for split in splits)
+    for batch, seed, count in [(7, 0, 50000), (1, 1, 50000), (1, 0, 51000)]:
+        other = labels_of(num_samples=count, num_classes=1000, batch=batch, seed=seed)
+        assert (other[:50000] == labels) == (batch == 7) and np.ptp(np.bincount(other)) == 0
+    assert np.ptp(np.bincount(labels_of(num_samples=20))) == 1, "20 samples of 6 classes: 3 or 4 of each"
 
 
-def test_labels_in_turn_and_unconditional_models(tmp_path):
-    drawn = images(tmp_path / "turn.npz", *PUBLISHED, "--num-samples", 8)
-    assert same(drawn, by_hand([0, 1, 2, 3, 4, 5, 0, 1]))
-    drawn = images(tmp_path / "u.npz", "--dit", "unconditional.pt", "--decoder", "decoder.pt", "--num-samples", 3)
-    model, stats = diffusion_model(num_classes=0), torch.load("dit.pt")["stats"]
-    noise, y = dits.sample_noise(0, range(3), (8, 4, 4)), torch.zeros(3, dtype=torch.long)
-    x = dits.sample(dits.guided(model, y), noise, 4, shift=20.0)
-    decoder = small_decoder(mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3))
-    assert same(drawn, decoders.to_uint8(decoder(dits.denormalize(x, stats))).numpy())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trajectories
+def test_num_samples_and_unconditional_models(tmp_path):
+    drawn = images(tmp_path / "shuffled.npz", *PUBLISHED, "--num-samples", 8, "--seed", 3)
+    order = np.random.default_rng((3, 8)).permutation(8) % 6
+    assert same(drawn, by_hand(order.tolist(), seed=3)) and order.tolist() != sorted(order)
+    drawn = images(tmp_path / "u.npz", *OURS, "--dit", "unconditional.pt", "--num-samples", 3)
+    assert same(drawn, by_sampler(diffusion_model(num_classes=0), [0] * 3, 20.0))
 
 
 def test_trajectory(tmp_path):
     """A row for each sample, eight columns: the estimates x_t - t v of eight steps, from t = 1 to the sample."""
-    arguments = [*PUBLISHED, "--steps", 12, "--classes", 4, 0, "--scale", 60]  # so that the steps differ
+    arguments = [*PUBLISHED, *TWO, "--steps", 12, "--scale", 60]  # so that the steps differ
     rows = images(tmp_path / "rows.npz", *arguments, "--trajectory")
     assert rows.shape == (2 * 8, 8, 8, 3)
     rows = rows.reshape(2, 8, 8, 8, 3)
-    drawn = images(tmp_path / "drawn.npz", *arguments, "--per-class", 1)
+    drawn = images(tmp_path / "drawn.npz", *arguments)
     assert same(rows[:, -1], drawn), "the last one is the sample that is drawn without the flag"
-
     estimates = by_hand([4, 0], scale=60.0, steps=12, trajectory=True)  # 12 of (2, 8, 8, 3)
     steps = [0, 2, 3, 5, 6, 8, 9, 11]  # of 12, evenly spaced: t = 1 - step / 12 falls from column to column
     assert same(rows, np.stack([estimates[step] for step in steps], 1))
     for column, step in enumerate(steps[:5]):  # the step after it would show; towards the end they differ by too little
         assert not same(rows[:, column], estimates[step + 1])
 
-    noise = dits.sample_noise(0, range(2), (8, 4, 4))
-    v, v_null = (diffusion_model()(noise, torch.ones(2), torch.tensor(y)) for y in ([4, 0], [6, 6]))
-    first = noise - (v_null + 60 * (v - v_null))
-    z = first * (torch.load("stat.pt")["var"] + 1e-5).sqrt()
-    decoder = small_decoder(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    assert same(rows[:, 0], decoders.to_uint8(decoder(z)).numpy())
 
-
-def test_trajectory_as_a_picture(tmp_path):
-    arguments = [*PUBLISHED, "--classes", 4, 0, "--trajectory", "--steps", 8]
-    run(tmp_path / "x.png", *arguments)
-    picture = np.asarray(Image.open(tmp_path / "x.png"))
-    assert picture.shape == (2 * 8 + 2, 8 * 8 + 7 * 2, 3)
-    expected = images(tmp_path / "x.npz", *arguments)
-    for i, image in enumerate(expected):
-        top, left = i // 8 * 10, i % 8 * 10
-        np.testing.assert_array_equal(picture[top : top + 8, left : left + 8], image)
+def test_a_grid_is_row_by_row_and_replaced(tmp_path, capsys):
+    out = tmp_path / "new" / "grid.png"
+    for seed in (1, 0):
+        run(out, *PUBLISHED, "--classes", 4, 0, 5, "--per-class", 2, "--seed", seed)
+    shown = np.asarray(Image.open(out))
+    assert shown.shape == (3 * 8 + 2 * 2, 2 * 8 + 2, 3) and (shown[8:10] == 255).all() and (shown[:, 8:10] == 255).all()
+    for i, image in enumerate(by_hand([4, 4, 0, 0, 5, 5])):
+        top, left = i // 2 * 10, i % 2 * 10
+        assert same(shown[top : top + 8, left : left + 8], image)
+    assert [path.name for path in out.parent.iterdir()] == ["grid.png"], "nothing else is left"
+    assert f"6 images in {out}" in capsys.readouterr().out
+    run(out, *PUBLISHED, "--num-samples", 3)
+    assert Image.open(out).size == (3 * 8 + 2 * 2, 8), "a row that is not full has no empty places"
+    run(out, *PUBLISHED, *TWO, "--trajectory", "--steps", 8)
+    assert Image.open(out).size == (8 * 8 + 7 * 2, 2 * 8 + 2), "eight columns, a row for each sample"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Outputs
+# The npz
 
 
 def test_sample_i_is_the_same_for_any_batch_and_process_count(tmp_path):
     one = images(tmp_path / "one.npz", *PUBLISHED, "--num-samples", 7, "--batch", 7)
     assert len({image.tobytes() for image in one}) == 7
-    for batch in (1, 3):
+    for batch in (1, 2):
         assert same(images(tmp_path / f"{batch}.npz", *PUBLISHED, "--num-samples", 7, "--batch", batch), one)
-    assert same(images(tmp_path / "few.npz", *PUBLISHED, "--num-samples", 2), one[:2])
+    few, more = (images(tmp_path / f"n{n}.npz", *PUBLISHED, "--classes", 4, "--per-class", n) for n in (2, 5))
+    assert same(few, more[:2])
     two = tmp_path / "two" / "x.npz"
     printed = finish(*start_ranks("sample.py", *PUBLISHED, *QUICK, "--num-samples", 7, "--batch", 2, "--out", two))
-    with np.load(two) as file:
-        assert same(file["arr_0"], one)
-    assert [path.name for path in two.parent.iterdir()] == ["x.npz"], "the parts of the processes are gone"
+    assert two.read_bytes() == (tmp_path / "2.npz").read_bytes(), "2 processes write what 1 writes, byte for byte"
+    assert [path.name for path in two.parent.iterdir()] == ["x.npz"]
     assert f"7 images in {two}" in printed[0] and "images in" not in printed[1]
 
 
-def test_many_samples_are_compiled_on_a_gpu(monkeypatch):
-    for gpu, flags, compiled in [(True, ["--num-samples", "1000"], True), (True, ["--num-samples", "999"], False),
-                                 (True, [], False), (True, ["--compile"], True),
-                                 (False, ["--num-samples", "1000"], False)]:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        assert sample.parse_args(["--out", "x.npz", *flags])[1].compile is compiled, (gpu, flags)
+@pytest.mark.parametrize("room, fits", [(884736, True), (720000, False)])
+def test_an_npz_needs_its_room_once(room, fits, tmp_path):
+    """240 samples of 32 px, 737,280 bytes, with room for 1.2 times as much: the run writes one file, and no file may be
+    larger than the room. With too little of it the run fails and leaves nothing."""
+    ours(tmp_path / "decoder.pt", "decoder", small_decoder(patch=8))
+    written, watching = set(), [True]
+
+    def note(event, given):
+        if watching and event == "open" and (given[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            written.add(str(given[0]))
+
+    sys.addaudithook(note)  # it stays, and watches no more
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        run(tmp_path / "new" / "x.npz", *OURS, "--decoder", tmp_path / "decoder.pt", "--num-samples", 240, "--steps", 1)
+        assert fits
+    except OSError:
+        assert not fits
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        watching.clear()
+    assert written == {str(tmp_path / "new" / "x.npz.tmp")}
+    assert [path.stat().st_size > 737280 for path in (tmp_path / "new").iterdir()] == [True] * fits
 
 
 def test_an_npz_is_whole_and_refused_or_replaced(tmp_path, capsys):
@@ -339,115 +400,115 @@ def test_an_npz_is_whole_and_refused_or_replaced(tmp_path, capsys):
     assert first.dtype == np.uint8 and first.shape == (3, 8, 8, 3) and first.flags.c_contiguous
     with zipfile.ZipFile(out) as archive:
         assert archive.testzip() is None and archive.namelist() == ["arr_0.npy"]
-        assert archive.infolist()[0].file_size == 128 + first.nbytes
     time = out.stat().st_mtime_ns
-    capsys.readouterr()
     line = refused(capsys, *PUBLISHED, "--num-samples", 3, "--out", out)
     assert f"--out {out} exists: give --overwrite" in line and out.stat().st_mtime_ns == time
     second = images(out, *PUBLISHED, "--num-samples", 3, "--seed", 1, "--overwrite")
     assert not same(first, second) and [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
-@pytest.mark.parametrize("moment", ["drawing", "joining"])
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
-def test_an_interrupted_run_leaves_no_file(how, moment, tmp_path, monkeypatch):
-    """Neither an incomplete npz nor a temporary file; what was there stays as it was."""
-    calls = []
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, None), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_run_leaves_no_file(number, code, tmp_path, monkeypatch):
+    """Neither an incomplete npz nor a temporary file; what was there stays as it was. nohup's SIGHUP is ignored."""
+    seen, draw = [], sample.to_uint8
 
-    def interrupt_the_second(function):
-        def called(*arguments):
-            calls.append(sorted(path.name for path in tmp_path.iterdir()))
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM if how == "SIGTERM" else signal.SIGINT)
-            return function(*arguments)
+    def interrupt_the_second(pixels):
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+        if len(seen) == 2:
+            os.kill(os.getpid(), number)
+        return draw(pixels)
 
-        return called
-
-    if moment == "drawing":
-        monkeypatch.setattr(sample, "to_uint8", interrupt_the_second(sample.to_uint8))
-    else:
-        calls.append(0)
-        monkeypatch.setattr(sample.zipfile.ZipFile, "write", interrupt_the_second(sample.zipfile.ZipFile.write))
+    monkeypatch.setattr(sample, "to_uint8", interrupt_the_second)
     (tmp_path / "x.npz").write_text("what was there")
-    arguments = [*PUBLISHED, "--num-samples", 6, "--batch", 2, "--overwrite"]
-    with pytest.raises(SystemExit if how == "SIGTERM" else KeyboardInterrupt) as ended:
-        run(tmp_path / "x.npz", *arguments)
-    assert how != "SIGTERM" or ended.value.code == 143
-    assert len(calls) == 2 and "x.npz.tmp.npy" in calls[1] and ("x.npz.tmp" in calls[1]) == (moment == "joining")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
-    assert (tmp_path / "x.npz").read_text() == "what was there"
-
-
-def test_grid_is_row_by_row_and_replaced(tmp_path, capsys):
-    out = tmp_path / "new" / "grid.png"
-    for seed in (1, 0):
-        run(out, *PUBLISHED, "--classes", 4, 0, 5, "--per-class", 2, "--seed", seed)
-    picture, expected = np.asarray(Image.open(out)), by_hand([4, 4, 0, 0, 5, 5])
-    assert picture.shape == (3 * 8 + 2 * 2, 2 * 8 + 2, 3)
-    for i, image in enumerate(expected):
-        top, left = i // 2 * 10, i % 2 * 10
-        assert same(picture[top : top + 8, left : left + 8], image)
-    assert (picture[8:10] == 255).all() and (picture[:, 8:10] == 255).all()
-    assert [path.name for path in out.parent.iterdir()] == ["grid.png"], "nothing else is left"
-    assert f"6 images in {out}" in capsys.readouterr().out
-    run(out, *PUBLISHED, "--num-samples", 3)
-    assert Image.open(out).size == (3 * 8 + 2 * 2, 8), "a row that is not full has no empty places"
+    arguments, before = [*PUBLISHED, "--num-samples", 6, "--batch", 2, "--overwrite"], signal.getsignal(signal.SIGHUP)
+    try:
+        with pytest.raises(SystemExit if code else KeyboardInterrupt) as ended:
+            run(tmp_path / "x.npz", *arguments)
+        assert not code or ended.value.code == code
+        assert len(seen) == 2 and seen[1] == ["x.npz", "x.npz.tmp"]
+        assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+        assert (tmp_path / "x.npz").read_text() == "what was there"
+        if number == signal.SIGHUP:
+            seen.clear()
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            assert len(images(tmp_path / "x.npz", *arguments)) == 6
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reconstruction
 
 
-@pytest.fixture(scope="module")
-def upsampling(files):
-    """A decoder for the encoder at 32 px (4 x 4 tokens) that puts out 64 px: the paper's decoder upsampling."""
-    model = small_decoder(latent_dim=128, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    ours(files / "upsampling.pt", "decoder", model)
-    return model
-
-
-def reconstruct(model, image):
-    encoder = encoders.Encoder("random-tiny", 32)
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
+def reconstruct(image, **how):
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     assert pixels.shape[-1] == 64  # the encoder resizes it to 32
-    return decoders.to_uint8(model(encoder(pixels)))[0].numpy()
+    return decoders.to_uint8(decoders.load_decoder("upsampling.pt")[0](encoders.Encoder("random-tiny", 32, **how)(
+        pixels)))[0].numpy()
 
 
-def test_reconstruct_a_photo(upsampling, tmp_path, monkeypatch):
-    out = tmp_path / "new" / "recon.png"
-    run(out, "--decoder", "upsampling.pt", "--reconstruct", "photo.png")
-    picture = np.asarray(Image.open(out))
-    assert picture.shape == (64, 64 + 2 + 64, 3)
-    photo = encoders.center_crop(Image.open("photo.png"), 64)
-    np.testing.assert_array_equal(picture[:, :64], photo)
-    assert same(picture[:, 66:], reconstruct(upsampling, photo))
+def test_reconstruct_a_photo(tmp_path):
+    """Beside its crop, which is ADM's: of a photo of exactly twice the size each pixel is the mean of four."""
+    photo, pictures = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8), []
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    half = photo.reshape(64, 2, 64, 2, 3).mean((1, 3)).round().astype(np.uint8)
+    for name, layers in (("upsampling.pt", []), ("upsampling_02.pt", [0, 2])):  # the file's layers, not the flag's
+        flags = ["--decoder", name, "--reconstruct", tmp_path / "photo.png", "--layers", 1]
+        shown = picture(tmp_path / "new" / "x.png", *flags)
+        assert shown.shape == (64, 64 + 2 + 64, 3) and same(shown[:, :64], half)
+        assert same(shown[:, 66:], reconstruct(shown[:, :64], layers=layers))
+        pictures.append(shown)
+    assert not same(*pictures)
 
-    with monkeypatch.context() as patch:  # the photo is of one rank alone
-        patch.setattr(sample, "write_images", lambda *given: seen.append(given))
-        seen = []
-        run(out, "--decoder", "upsampling.pt", "--reconstruct", "photo.png")
-        assert not list(seen[0][-1](range(0))) and len(list(seen[0][-1](range(1)))) == 1
+
+def test_one_decoder_in_three_layouts_gives_one_picture(tmp_path, capsys):
+    """For an encoder of patch 16, named by flags where the file doesn't, of the last block and of two layers."""
+    torch.manual_seed(0)
+    name, weights = "vit_tiny_patch16_224", tmp_path / "vit.pt"
+    torch.save(timm.create_model(name).state_dict(), weights)
+    flags = ["--encoder", name, "--encoder-weights", weights, "--reconstruct", "photo.png", "--decoder"]
+    for grid, layers, more in [(16, [], []), (16, [2, 5], ["--layers", 5, 2]), (32, [], ["--preset", "imagenet512"])]:
+        model = small_decoder(latent_dim=192, grid=grid, mean=(0.5,) * 3, std=(0.5,) * 3)
+        record = RECORD | dict(name=name, image_size=16 * grid, layers=layers)
+        ours(tmp_path / "ours.pt", "decoder", model, record)
+        torch.save(published_decoder(model), tmp_path / "published.pt")
+        state = diffusers(model, dict.fromkeys(("mean", "var"), torch.ones(192, grid, grid)))
+        pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "diffusers.safetensors")
+        pixels = np.array(encoders.center_crop(Image.open("photo.png"), 2 * grid))
+        z = encoders.Encoder(name, 16 * grid, weights, layers)(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+        expected = np.hstack([pixels, np.full((2 * grid, 2, 3), 255), decoders.to_uint8(model(z))[0].numpy()])
+        assert expected[:, 2 * grid + 2 :].std() > 10
+        for file in ("ours.pt", "published.pt", "diffusers.safetensors"):
+            assert same(picture(tmp_path / "x.png", *flags, tmp_path / file, *more), expected), (file, grid, layers)
+    assert picture(tmp_path / "x.png", *flags, tmp_path / "diffusers.safetensors").shape == (32, 66, 3), "grid 16"
+    line = refused(capsys, *flags, tmp_path / "published.pt", "--layers", 12, "--out", tmp_path / "y.png")
+    assert f"layers 12: encoder {name} has the blocks 0 to 11" in line
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_reconstruct_a_folder(upsampling, tmp_path, workers, capfd):
+def test_reconstruct_a_folder(tmp_path, workers, capfd):
     folder = make_images(tmp_path / "in", 5, size=(90, 70))
     arguments = ["--decoder", "upsampling.pt", "--reconstruct", folder, "--batch", 2, "--workers", workers]
     drawn = images(tmp_path / "recon.npz", *arguments)
-    photos = [encoders.center_crop(Image.open(path), 64) for path in sorted(folder.iterdir())]
-    assert same(drawn, np.stack([reconstruct(upsampling, photo) for photo in photos]))
-
     paths = sorted(folder.iterdir())
-    for broken in ([paths[0], paths[3]], [paths[0], paths[2], paths[3]]):
-        for path in broken:
-            path.write_bytes(path.read_bytes()[:60])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run(tmp_path / "other" / "recon.npz", *arguments)
-        lines = [line for line in capfd.readouterr().err.splitlines() if "read" in line]
-        assert exit.value.code == 2 and len(lines) == len(broken) + 1, lines
-        for path in broken:
-            assert sum(f"cannot read {path} (" in line for line in lines) == 1, "every one is named once"
-        said = f"{len(broken)} images in {folder} cannot be read, see above: repair or remove them"
-        assert lines[-1].endswith(said)
-        assert not list((tmp_path / "other").iterdir()), "and nothing is written"
+    assert same(drawn, np.stack([reconstruct(encoders.center_crop(Image.open(path), 64)) for path in paths]))
+    for path in (broken := [paths[0], paths[2], paths[3]]):
+        os.truncate(path, 60)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "other" / "recon.npz", *arguments)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "read" in line]
+    assert exit.value.code == 2 and len(lines) == len(broken) + 1, lines
+    for path in broken:
+        assert sum(f"cannot read {path} (" in line for line in lines) == 1, "every one is named once"
+    assert lines[-1].endswith(f"3 images in {folder} cannot be read, see above: repair or remove them")
+    assert not list((tmp_path / "other").iterdir()), "and nothing is written"
+
+
+def test_two_processes_reconstruct_as_one(tmp_path):
+    """Byte for byte."""
+    folder = make_images(tmp_path / "in", 5, size=(90, 70))
+    flags = ["--decoder", "upsampling.pt", "--reconstruct", folder, "--batch", 2, "--workers", 0, *QUICK]
+    images(tmp_path / "one.npz", *flags)
+    finish(*start_ranks("sample.py", *flags, "--out", tmp_path / "two.npz"))
+    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()

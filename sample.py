@@ -36,7 +36,7 @@ from encoder import (Encoder, center_crop, decoder_pixels, default_workers, eval
 PRESETS = {  # what differs from the defaults
     "imagenet256": {},
     "imagenet512": dict(batch=8),
-    "demo": dict(encoder="random-tiny", scale=2.0, steps=25, batch=100),
+    "demo": dict(encoder="random-tiny", scale=1.5, steps=25, batch=100),
 }
 AUTHORS = "hf:nyu-visionx/RAE-collections"
 PUBLISHED = {
@@ -72,7 +72,7 @@ def parse_args(argv):
     add("--num-samples", type=int, default=0, help="draw so many images instead, all classes equally often, shuffled")
     add("--unconditional", action="store_true", help="draw without a class")
     add("--scale", type=float, default=1.0, help="guidance scale, 1: none; the paper's with --guide: 1.42, at 512 px "
-        "1.5 (default: %(default)s; demo: 2)")
+        "1.5 (default: %(default)s; demo: 1.5)")
     add("--guide", metavar="FILE", help="weaker diffusion model: AutoGuidance instead of classifier-free guidance")
     add("--interval", type=float, nargs=2, default=[0.0, 1.0], help="lowest and highest (shifted) time t to guide")
     add("--steps", type=int, default=50, help="Euler steps (default: %(default)s; demo: 25)")
@@ -104,6 +104,8 @@ def parse_args(argv):
     args.per_class = args.per_class or (1 if args.trajectory else 10 if args.preset == "demo" else 4)
     args.dit = args.dit or Path("runs", args.preset, "dit", "dit.pt")
     args.decoder = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
+    if args.scale == math.inf:
+        parser.error("--scale inf: give a number")
     if not args.interval[0] <= args.interval[1] <= 1:
         parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give LOW <= HIGH <= 1")
     if args.trajectory and (args.steps < 8 or args.reconstruct):
@@ -327,12 +329,12 @@ def write_images(args, rank, world_size, device, shape, size, columns, batches):
             continue
 
     temporary = Path(f"{args.out}.tmp")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tqdm(total=shape[0], unit="image", disable=rank > 0) as bar:
             if rank > 0:
                 list(received())
             elif args.out.suffix == ".npz":
-                args.out.parent.mkdir(parents=True, exist_ok=True)
                 member = zipfile.ZipInfo("arr_0.npy")  # without the time: the same images give the same file
                 with zipfile.ZipFile(temporary, "w") as archive, archive.open(member, "w", force_zip64=True) as file:
                     header = dict(descr="|u1", fortran_order=False, shape=shape)
@@ -340,7 +342,6 @@ def write_images(args, rank, world_size, device, shape, size, columns, batches):
                     for images in received():
                         file.write(images.tobytes())
             else:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
                 image_grid(np.concatenate(list(received())), columns).save(temporary, "png")
         if world_size > 1:  # every rank is through with its images
             dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)

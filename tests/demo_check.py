@@ -86,7 +86,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/demo"), help="the folder that the demo wrote")
     parser.add_argument("--num", type=int, default=1000, help="samples with, and as many without guidance")
-    parser.add_argument("--scale", type=float, default=2.0, help="guidance scale of the guided samples")
+    parser.add_argument("--scale", type=float, default=1.5, help="guidance scale of the guided samples")
     parser.add_argument("--steps", type=int, default=25, help="steps of the sampler")
     parser.add_argument("--seed", type=int, default=1, help="of the samples' noise")
     args = parser.parse_args(argv)

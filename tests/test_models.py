@@ -32,8 +32,7 @@ def latents(batch=2, seed=1):
 
 
 def tiny_decoder(seed=0):
-    size = decoders.SIZES["ViT-tiny"] | dict(depth=2, mlp=100)
-    return randomize(Decoder(**TINY, patch=4, **size, **PIXELS), seed)
+    return randomize(Decoder(**TINY, **decoders.SIZES["ViT-tiny"] | dict(patch=4, depth=2, mlp=100) | PIXELS), seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -408,9 +408,10 @@ class ImageSet:
     def batches(self, args):
         """Yield the images in order, uint8 (B, 3, H, W). An npz is read batch by batch: 50,000 images are 10 GB."""
         if self.folder:
-            from encoder import evaluation_batches
+            from encoder import default_workers, evaluation_batches
             order, total = range(self.count), math.ceil(self.count / args.batch)
-            images = evaluation_batches(self.folder, order, self.size[0], args.batch, args.workers, args.device)
+            workers = default_workers() if args.workers is None else args.workers
+            images = evaluation_batches(self.folder, order, self.size[0], args.batch, workers, args.device)
             yield from tqdm(images, self.path, total, leave=False, unit="batch")
             return
         with reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:

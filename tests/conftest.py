@@ -128,13 +128,17 @@ def inception_weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lpips_weights(tmp_path_factory):
-    """Paths of VGG16 by formula and of the published heads."""
+    """Paths of VGG16 by formula, its classifier of zeros, and of the published heads, saved as on a GPU."""
     folder = tmp_path_factory.mktemp("lpips")
-    torch.save(weights_by_formula("vgg16_state_shapes.json", 0.05), folder / "vgg.pth")
+    vgg, zero = weights_by_formula("vgg16_state_shapes.json", 0.05), torch.zeros(1)  # expanded, it takes no space
+    for i, shape in {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}.items():
+        vgg |= {f"classifier.{i}.weight": zero.expand(shape), f"classifier.{i}.bias": zero.expand(shape[0])}
+    torch.save(vgg, folder / "vgg16.pth")
     arrays, *_ = read_golden(ROOT / "tests" / "golden" / "lpips.npz")
     heads = {f"lin{i}.model.1.weight": arrays[f"lin{i}"].view(1, -1, 1, 1) for i in range(5)}
-    torch.save(heads, folder / "heads.pth")
-    return str(folder / "vgg.pth"), str(folder / "heads.pth")
+    with mock.patch.object(torch.serialization, "location_tag", lambda storage: "cuda:0"):
+        torch.save(heads, folder / "heads.pth")
+    return str(folder / "vgg16.pth"), str(folder / "heads.pth")
 
 
 TINY_DINO = dict(img_size=32, embed_dim=16, num_heads=2)

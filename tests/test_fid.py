@@ -28,19 +28,6 @@ def inception(inception_weights):
 
 
 @pytest.fixture(scope="module")
-def lpips_weights(lpips_weights, tmp_path_factory):
-    """VGG16 with its classifier, as torchvision's file, and heads that were saved on a GPU, as the published ones."""
-    vgg, heads, zero = *map(read, lpips_weights), torch.zeros(1)  # a zero that is expanded takes no space in the file
-    for i, shape in {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}.items():
-        vgg |= {f"classifier.{i}.weight": zero.expand(shape), f"classifier.{i}.bias": zero.expand(shape[0])}
-    folder = tmp_path_factory.mktemp("lpips")
-    torch.save(vgg, folder / "vgg16.pth")
-    with mock.patch.object(torch.serialization, "location_tag", lambda storage: "cuda:0"):
-        torch.save(heads, folder / "heads.pth")
-    return str(folder / "vgg16.pth"), str(folder / "heads.pth")
-
-
-@pytest.fixture(scope="module")
 def lpips(lpips_weights):
     return fid.LPIPS(*lpips_weights)
 

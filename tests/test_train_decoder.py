@@ -66,17 +66,6 @@ def adversarial(settings, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lpips_weights(lpips_weights, tmp_path_factory):
-    """VGG16 with its classifier, of zeros that take no space in the file."""
-    state, path = read(lpips_weights[0]), tmp_path_factory.mktemp("vgg") / "vgg.pth"
-    for i, shape in {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}.items():
-        for kind, size in (("weight", shape), ("bias", shape[:1])):
-            state[f"classifier.{i}.{kind}"] = torch.zeros(1).expand(size)
-    torch.save(state, path)
-    return str(path), lpips_weights[1]
-
-
-@pytest.fixture(scope="module")
 def full(adversarial, lpips_weights):
     """All three losses."""
     return adversarial | dict(lpips=1, vgg_weights=lpips_weights[0], lpips_weights=lpips_weights[1])

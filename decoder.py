@@ -159,7 +159,7 @@ def from_published(state, grid=16):
     """A published state dict -> (arguments of `Decoder`, our state dict).
 
     It has the key names of Hugging Face's ViT or of diffusers' AutoencoderRAE. It may be a whole autoencoder, of which
-    the decoder is taken. grid: the grid of latents, for diffusers' files, which don't tell it.
+    the decoder is taken. grid: the grid of latents, for diffusers' files, which do not store it.
     """
     pixels = {ours: state[key].flatten().tolist() for key, ours in (("encoder_mean", "mean"), ("encoder_std", "std"))
               if key in state}

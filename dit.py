@@ -181,8 +181,8 @@ class DiT(nn.Module):
 
     Plain DiT: embed, `depth` blocks modulated by time and class, final layer. DiT-DH (section 5): the same blocks are
     the trunk. The head, `head_depth` blocks of `head_width`, reads x_t and writes v; the trunk's output and the time
-    modulate it for each token. Theorem 1: what reads x_t and writes v must be at least C wide, or the loss stays above
-    the sum of the C - D smallest eigenvalues of Cov(eps - x), however deep the model is.
+    modulate it for each token. Theorem 1: what reads x_t and writes v must be at least C wide, or the sum of a token's
+    loss stays above the sum of the C - D smallest eigenvalues of Cov(eps - x), however deep the model is.
 
     Args: latent_dim C; grid H = W; num_classes: classes besides the null class, 0 for an unconditional model;
     qk_norm: RMSNorm on queries and keys, advised for bf16 training. Warns of a model that is narrower than its tokens.

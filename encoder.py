@@ -64,8 +64,8 @@ def decoder_pixels(name):
 
 
 def latents_of(record):
-    """What latents the record of an encoder stands for, in words: equal words, equal latents, but for the grid."""
-    layers = " ".join(map(str, record.get("layers", [])))
+    """Name and layers of an encoder's record as one text. Two files that give the same text hold the same latents."""
+    layers = " ".join(map(str, sorted(set(record.get("layers", [])))))
     return record["name"] + (f", layers {layers}" if layers else "")
 
 
@@ -91,8 +91,8 @@ class Encoder(nn.Module):
     name: one of ENCODERS, or any timm vision transformer by its timm name. image_size: the side in pixels that the
     encoder is built for; models with patch 14 see 14/16 of it, so that the grid is image_size / 16. weights: a local
     file in timm's or the authors' key names; without it they are fetched. layers: numbers of blocks, from 0, whose
-    outputs are averaged (arXiv 2605.18324); none: the last block alone. options: more arguments of timm's model.
-    The final norm has no affine, and prefix tokens (CLS, registers) are dropped.
+    outputs are averaged, for DINOv3 plus the last one's mean over the tokens (arXiv 2605.18324); none: the last alone.
+    options: more arguments of timm's model. The final norm has no affine; prefix tokens (CLS, registers) are dropped.
     Attributes: latent_shape (C, H, W); mean and std (1, 3, 1, 1) of its pixels; record, what a checkpoint keeps of it.
     Raises ValueError, in one line, for unknown names, sizes and layers that don't fit, weights that can't be had.
     """
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         if name == "random-tiny":
             tiny = dict(patch_size=8, embed_dim=128, depth=3, num_heads=4, class_token=False, global_pool="")
             options = tiny | dict(num_classes=0) | options
-        with torch.device("meta"):  # a model without values: what doesn't fit is refused before anything is fetched
+        with torch.device("meta"):  # without values: what doesn't fit is refused before anything is fetched
             vit = timm.create_model(model, **options)
         if not isinstance(vit, (timm.models.VisionTransformer, timm.models.Eva)):
             raise ValueError(f"encoder {name} is a {type(vit).__name__}: choose a vision transformer")
@@ -185,7 +185,7 @@ def fill_up(batch, size):
 
 
 def latent_statistics(encoder, loader, device):
-    """Mean and variance of each latent element over the images of the loaders of all ranks.
+    """Mean and variance of each latent element over the images of all ranks' loaders.
 
     Returns {"mean", "var"}, each (C, H, W) float32; accumulated in float64, so that neither the batch size nor the
     number of ranks matters. The diffusion model sees (z - mean) / sqrt(var + 1e-5).
@@ -210,8 +210,8 @@ def latent_statistics(encoder, loader, device):
 def open_image(path):
     """Any image file -> upright 8-bit RGB: EXIF rotation applied, 16 bits scaled, transparency laid on white.
 
-    Raises ValueError for numbers whose range the file doesn't tell (floats, 32-bit integers) and for strips that would
-    become huge once their shorter side is enlarged.
+    Raises ValueError for numbers whose range the file doesn't tell (floats, 32-bit integers), and where one side is
+    more than 50 times the other: crops would enlarge such a strip to gigabytes.
     """
     with Image.open(path) as file:
         if max(file.size) > 50 * min(file.size):
@@ -276,7 +276,7 @@ class ImageFolder:
     ending that Pillow reads, sorted within classes; hidden ones are left out. Links are followed, but below the classes
     each folder is read once, and links to folders above it are not followed: they would never end.
     Attributes: root, the folder that is read; classes, their names; paths and labels, arrays of one item per image;
-    left_out, how many files of each other ending there are.
+    left_out, skipped files counted by ending.
     Raises ValueError for a folder that is missing or unreadable, without images, with an empty class, with a name that
     is not UTF-8, or with val/ but no train/.
     """
@@ -420,7 +420,7 @@ def image_source(data, size):
 
 
 def random_key(*numbers):
-    """Hash (seed, epoch, position, ...) to 63 bits. They seed everything that is drawn for one image at one step."""
+    """Hash (seed, epoch, place in the epoch) to 63 bits, which seed all that is drawn for an image at a step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -489,7 +489,7 @@ def default_workers():
 
 
 def leave_process_group(worker):
-    """Ctrl-C and torchrun's SIGTERM go to a process group; the trainer's last step still needs its loader processes."""
+    """Ctrl-C and torchrun's SIGTERM go to a process group. Loader processes leave it: the last step needs them."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
 

@@ -1,7 +1,7 @@
 """From checkpoints to images: sample, or reconstruct, into a PNG grid or an npz for fid.py.
 
     python sample.py --published --classes 207 360 387 --out samples.png              # the authors' weights, 5.8 GB
-    python sample.py --classes 207 360 --per-class 8 --out samples.png                # inputs from runs/imagenet256/
+    python sample.py --classes 207 360 --per-class 8 --out samples.png                # of runs/imagenet256/
     python sample.py --dit dit.pt --decoder decoder.pt --guide weak.pt --scale 1.42   # AutoGuidance
     python sample.py --scale 2 --interval 0.1 0.9                                     # classifier-free guidance
     python sample.py --preset demo --trajectory --out trajectory.png                  # from noise to image
@@ -58,7 +58,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], usage="%(prog)s [--flag VALUE ...]",
                                      allow_abbrev=False)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="imagenet256", help="whose defaults; those of imagenet256 are shown here")
+    add("--preset", choices=PRESETS, default="imagenet256", help="set of defaults; those of imagenet256 are shown here")
     add("--published", action="store_true", help="the authors' models with their AutoGuidance, 5.8 GB, fetched once")
     add("--dit", metavar="FILE", help="diffusion model (default: runs/<preset>/dit/dit.pt)")
     add("--decoder", metavar="FILE", help="decoder (default: runs/<preset>/decoder/decoder.pt)")
@@ -74,7 +74,8 @@ def parse_args(argv):
     add("--scale", type=float, default=1.0, help="guidance scale, 1: none; the paper's with --guide: 1.42, at 512 px "
         "1.5 (default: %(default)s; demo: 1.5)")
     add("--guide", metavar="FILE", help="weaker diffusion model: AutoGuidance instead of classifier-free guidance")
-    add("--interval", type=float, nargs=2, default=[0.0, 1.0], help="lowest and highest (shifted) time t to guide")
+    add("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
+        help="guide only while LOW <= t <= HIGH; t is the shifted time, 1 is noise")
     add("--steps", type=int, default=50, help="Euler steps (default: %(default)s; demo: 25)")
     add("--trajectory", action="store_true", help="eight estimates of each clean image, from t = 1 to 0")
     add("--reconstruct", metavar="PATH", help="photo or folder to encode and decode, instead of sampling")
@@ -94,7 +95,7 @@ def parse_args(argv):
         parser.error("--published: the authors have no demo, leave --preset out or give imagenet512")
     parser.set_defaults(**PRESETS[args.preset] | (PUBLISHED[args.preset] if args.published else {}))
     args = parser.parse_args(argv)
-    if args.published and args.scale == 1:
+    if args.published and args.scale == 1 and args.guide == PUBLISHED[args.preset]["guide"]:
         args.guide = None
     check_values(parser, args, {"per_class", "steps", "batch"})
     if args.classes and (args.num_samples or args.unconditional):
@@ -106,8 +107,8 @@ def parse_args(argv):
     args.decoder = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
     if args.scale == math.inf:
         parser.error("--scale inf: give a number")
-    if not args.interval[0] <= args.interval[1] <= 1:
-        parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give LOW <= HIGH <= 1")
+    if not 0 <= args.interval[0] <= args.interval[1] <= 1:
+        parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give 0 <= LOW <= HIGH <= 1")
     if args.trajectory and (args.steps < 8 or args.reconstruct):
         parser.error(f"--trajectory needs sampling in at least 8 steps, not --steps {args.steps} or --reconstruct")
     if args.out.suffix not in (".png", ".npz") or args.out.is_dir() or args.out.parent.is_file():
@@ -118,7 +119,7 @@ def parse_args(argv):
         parser.error(f"--reconstruct {args.reconstruct} is not there: give a photo, a folder, or `shapes`")
     if args.reconstruct and os.path.isfile(args.reconstruct):
         if args.out.suffix != ".png" or args.out.exists() and os.path.samefile(args.reconstruct, args.out):
-            parser.error(f"--out {args.out}: give another .png for the photo and its reconstruction")
+            parser.error(f"--out {args.out}: give a .png, and not the photo itself")
     return parser, args
 
 
@@ -131,7 +132,7 @@ def check_values(parser, args, above_zero):
     for name, value in vars(args).items():
         number = isinstance(value, (int, float))
         if value == "" or number and not value >= 0 or name in above_zero and value in (0, math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small, or infinite: give another value")
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty, too small or infinite: give another value")
 
 
 def set_up(args):
@@ -144,21 +145,21 @@ def set_up(args):
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
         torch.backends.cudnn.allow_tf32 = args.precision != "float32"
     if world_size > 1:
-        # NCCL's own limit of ten minutes would end a run whose rank 0 takes longer over a checkpoint or a preview.
+        # NCCL's own limit of ten minutes would end a run in which rank 0 takes longer, over a checkpoint say.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
                                 device_id=device if device.type == "cuda" else None)
     return rank, world_size, device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def say(words):
-    """Print on rank 0, around the progress bar."""
+    """Print on rank 0, without breaking the progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(words)
         sys.stdout.flush()
 
 
 def compile_blocks(*models):
-    """Compile block by block: that is quick, and gradients leave for the other ranks early."""
+    """Compile block by block: that is quick, and in training gradients leave for the other ranks early."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each block at the bounds of DDP's buckets
     for model in models:
         for block in model.blocks:
@@ -198,7 +199,7 @@ def load_models(args):
 
 
 def load_decoder_of(args, record, grid):
-    """The decoder, and the record of its encoder: what its file says, else `record`."""
+    """The decoder, and its encoder's record, or `record` where the file has none."""
     decoder, info = load_decoder(args.decoder, decoder_pixels(record["name"]), grid)
     return decoder, info.get("encoder", record)
 
@@ -211,7 +212,7 @@ def labels_of(args, model, names):
         count = args.num_samples or args.per_class
         say(f"drawing {count} samples without a class")
         return [model.null_class] * count
-    if args.num_samples:  # balanced; in turn, each split of the Inception score would be balanced too, and it too high
+    if args.num_samples:  # shuffled: splits that are balanced too would raise the Inception score
         order = np.random.default_rng((args.seed, args.num_samples)).permutation(args.num_samples)
         say(f"drawing {args.num_samples} samples of {model.num_classes} classes in equal shares, shuffled")
         return (order % model.num_classes).tolist()
@@ -249,6 +250,7 @@ def generate(args, rank, world_size, device, autocast):
                     latents.append(estimate)
 
             with autocast:
+                # watch() sees each estimate, the finished sample too
                 sample(guided(model, y, args.scale, guide, args.interval), noise, args.steps, shift, watch)
                 frames = [to_uint8(decoder(denormalize(x, stats)))[: len(part)] for x in latents]  # (b, S, S, 3) each
             yield torch.stack(frames, 1).flatten(0, 1)
@@ -303,10 +305,10 @@ def reconstruct(args, rank, world_size, device, autocast):
 
 
 def write_images(args, rank, world_size, device, shape, size, columns, batches):
-    """Write --out, images uint8 of `shape` (n, S, S, 3); a PNG grid has so many columns.
+    """Write --out, images uint8 of `shape` (n, S, S, 3). columns: of the PNG grid.
 
-    batches: this rank's images, uint8 (b, S, S, 3) on the device: of all batches of `size` in order, it has each
-    world_size-th, from its rank on. Rank 0 receives them batch by batch and writes them as they come.
+    batches: this rank's images, uint8 (b, S, S, 3) on the device. Of all batches of `size` in order, rank r yields
+    those with the numbers r, r + world_size, ...; rank 0 receives them and writes them as they come.
     """
     if args.out.suffix == ".png" and shape[0] > 10000:
         raise ValueError(f"{shape[0]} images are too many for one picture: give --out an .npz")
@@ -360,8 +362,8 @@ def main(argv=None):
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so that write_images cleans up
     try:
         (reconstruct if args.reconstruct else generate)(args, *set_up(args))
-    except ValueError as error:  # bad input, named in the last line; a loader's process puts its traceback before
-        parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
+    except ValueError as error:  # bad input; a loader's process puts its traceback before the message
+        parser.error(str(error).rpartition("\nValueError: ")[2].strip())
     if dist.is_initialized():
         dist.destroy_process_group()
 

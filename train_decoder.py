@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=gpu train_decoder.py --data imagenet/                      # ViT-XL, the paper's recipe
     torchrun --nproc_per_node=gpu train_decoder.py --data imagenet/ --preset imagenet512
-    python train_decoder.py --data photos/ --init model.pt --epochs 50                   # fine-tune on your own images
+    python train_decoder.py --data photos/ --init decoder.pt --gan 0 --lr 2e-5 --batch 32 --out runs/photos/decoder
     python train_decoder.py --preset demo                                                # no data, no GPU, minutes
 
 The same command again resumes. Paper: arXiv 2510.11690, section 3 and its appendix. It writes to --out:
@@ -42,18 +42,18 @@ from fid import LPIPS
 
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 RECIPE = [
-    # flag              paper        demo           meaning, and what else the paper has
+    # flag              paper        demo           meaning, and where the paper differs
     ("--size",          256,         32,            "image side in pixels, as decoded"),
     ("--resize",        0,           0,             "shorter side before the crop; 0: 1.5 x --size (shapes: 1 x)"),
     ("--encoder",       "dinov2-b",  "random-tiny", f"{', '.join(ENCODERS)}, or a timm ViT by its name"),
-    ("--encoder-size",  0,           0,             "encoder's image side; 256 with --size 512: upsampling; 0: --size"),
+    ("--encoder-size",  0,           0,             "side that the encoder sees; 256 at --size 512: upsampling"),
     ("--layers",        [int],       [int],         "encoder blocks, from 0, whose mean is the latent; none: the last"),
     ("--model",         "ViT-XL",    "ViT-tiny",    "size of the decoder", *SIZES),
-    ("--tau",           0.8,         0.05,          "latents get noise of sigma = tau |n|, n ~ N(0, 1); 0: none"),
+    ("--tau",           0.8,         0.05,          "strength of the latents' noise, sigma = |N(0, tau^2)| per image"),
     ("--lpips",         1.0,         0.0,           "weight of the perceptual loss; 0: off"),
-    ("--gan",           0.75,        0.0,           "weight of the GAN loss, times the adaptive weight; 0: off"),
-    ("--disc-start",    6.0,         1.0,           "epoch where the discriminator begins to train"),
-    ("--gan-start",     8.0,         1.5,           "epoch from which the GAN loss trains the decoder"),
+    ("--gan",           0.75,        0.0,           "factor on the adaptive weight of the GAN loss; 0: off"),
+    ("--disc-start",    6.0,         1.0,           "epoch from which the discriminator trains"),
+    ("--gan-start",     8.0,         1.5,           "epoch from which its loss trains the decoder"),
     ("--epochs",        16.0,        5.0,           "length of training and of the cosine schedules"),
     ("--batch",         512,         16,            "images in a step, over all processes"),
     ("--lr",            2e-4,        4e-3,          "learning rate of both AdamWs, without weight decay"),
@@ -63,10 +63,10 @@ RECIPE = [
     ("--ema",           0.9978,      0.99,          "decay of the weights' moving average"),
     ("--seed",          0,           0,             "seed of the weights and of everything that is drawn"),
 ]
-RUN = [  # a resumed run may have these otherwise, if its images are as many and of the same classes
+RUN = [  # a resumed run may change these, as long as its images are as many and of the same classes
     ("--data",          None,        "shapes",      "folder of images; or `shapes`, drawn on the fly"),
     ("--encoder-weights", None,      None,          "local file, instead of the download"),
-    ("--init",          None,        None,          "decoder.pt or published weights to start from"),
+    ("--init",          None,        None,          "weights to start from, ours or published; ignored on resume"),
     ("--out",           None,        None,          "folder for what is written (default: runs/<preset>/decoder)"),
     ("--micro-batch",   16,          16,            "most images in one forward, for ViT-XL on 80 GB"),
     ("--checkpointing", False,       False,         "recompute activations in backward: less memory, slower"),
@@ -83,7 +83,7 @@ RUN = [  # a resumed run may have these otherwise, if its images are as many and
     ("--dino-weights",  None,        None,          "the discriminator's DINO ViT-S/8: local file"),
 ]
 IMAGENET512 = {"--size": 512, "--micro-batch": 4}
-MAY_DIFFER = {"--epochs", "--lr", "--lr-end"}  # and these of the recipe
+MAY_DIFFER = {"--epochs", "--lr", "--lr-end"}  # rows of RECIPE that a resumed run may change too
 
 
 def parse_args(argv):
@@ -99,8 +99,8 @@ def parse_args(argv):
         parser.error(f"--resize {args.resize} is below --size {args.size}: give at least that")
     if args.lpips and args.size < 16:
         parser.error(f"--size {args.size} is too small for the perceptual loss: give at least 16, or --lpips 0")
-    if args.gan_start < args.disc_start:
-        parser.error(f"--gan-start {args.gan_start:g} comes before --disc-start {args.disc_start:g}")
+    if args.gan and not args.disc_start <= args.gan_start < math.inf:
+        parser.error(f"--gan-start {args.gan_start:g}: give at least --disc-start {args.disc_start:g}, or --gan 0")
     return parser, args
 
 
@@ -208,21 +208,21 @@ def adaptive_weight(g_rec, g_gan, hidden, pixel_std):
     """Weight w of the GAN term (VQGAN, arXiv 2012.09841, equation 7), a scalar tensor in [0, 1e4] without gradient.
 
     w = ||G_rec|| / (||G_gan|| + 1e-6), where G is a loss's gradient at the weight of the decoder's last layer, the
-    linear map to pixels. Plainly:
+    linear map to pixels. The plain form:
 
         (G_rec,) = torch.autograd.grad(reconstruction_loss, decoder.to_pixels.weight, retain_graph=True)
         (G_gan,) = torch.autograd.grad(generator_loss, decoder.to_pixels.weight, retain_graph=True)
 
-    This takes a shorter way to the same numbers. By the chain rule G = patchify(g std)^T hidden, with the loss's
+    The same numbers come without these two backwards. By the chain rule G = patchify(g std)^T hidden, with the loss's
     gradient g (B, 3, S, S) at the reconstruction, the layer's input `hidden` (B, N, D) and the pixel std (1, 3, 1, 1).
     Over several processes G is the mean of theirs, so that all have the w of all images of the micro-batch.
     """
+    patch = g_rec.shape[-1] // math.isqrt(hidden.shape[1])  # S / H
     hidden = hidden.detach().float().flatten(0, 1)  # (B N, D)
-    patch = math.isqrt(g_rec[0, 0].numel() * len(g_rec) // len(hidden))
     with torch.autocast(hidden.device.type, enabled=False):  # the product stays in float32
         G = torch.stack([patchify(g.float() * pixel_std, patch).flatten(0, 1).T @ hidden for g in (g_rec, g_gan)])
-    if dist.is_initialized():  # (2, p p 3, D)
-        dist.all_reduce(G)
+    if dist.is_initialized():
+        dist.all_reduce(G)  # (2, p p 3, D)
         G /= dist.get_world_size()
     rec, gan = torch.linalg.vector_norm(G, dim=(1, 2))
     return (rec / (gan + 1e-6)).clamp(0, 1e4)
@@ -266,11 +266,11 @@ def lr_at(step, args, steps_per_epoch):
 
 
 def draw(keys, shape, tau, generator):
-    """Everything random of a training step: the latents' noise and the augmentation.
+    """What a step draws on the device: the latents' noise and the augmentation. The loader draws the crops.
 
     Each image has a seed of its own in each epoch, its key (see `training_batches`). So what is drawn depends on
     neither the batch nor the processes, and a resumed run draws the same numbers without any state of a generator.
-    Returns noise (B, C, H, W) of noise-augmented decoding (section 4): sigma n, n ~ N(0, I), with sigma = |N(0, tau^2)|
+    Returns noise (B, C, H, W) of noise-augmented decoding (section 4): sigma eps, eps ~ N(0, I), sigma = |N(0, tau^2)|
     for each image; and draws of `diffaug` (3, B, 5) for the decoder's fakes, the discriminator's fakes and its reals.
     """
     noise = torch.empty(len(keys), *shape, device=generator.device)
@@ -310,8 +310,8 @@ def initial_decoder(args, encoder, last):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run: flags, processes, checkpoints, the log. Both trainers have these functions, word for word, so that each file
-# can be read and copied alone.
+# The run: flags, processes, checkpoints, the log. Both trainers have these functions, word for word, so that each is
+# read in one file.
 
 
 def make_parser(description, table, imagenet512, argv):
@@ -343,7 +343,7 @@ def check_values(parser, args, above_zero):
     for name, value in vars(args).items():
         number = isinstance(value, (int, float))
         if value == "" or number and not value >= 0 or name in above_zero and value in (0, math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small, or infinite: give another value")
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty, too small or infinite: give another value")
 
 
 def set_up(args):
@@ -356,21 +356,21 @@ def set_up(args):
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
         torch.backends.cudnn.allow_tf32 = args.precision != "float32"
     if world_size > 1:
-        # NCCL's own limit of ten minutes would end a run whose rank 0 takes longer over a checkpoint or a preview.
+        # NCCL's own limit of ten minutes would end a run in which rank 0 takes longer, over a checkpoint say.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
                                 device_id=device if device.type == "cuda" else None)
     return rank, world_size, device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def say(words):
-    """Print on rank 0, around the progress bar."""
+    """Print on rank 0, without breaking the progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(words)
         sys.stdout.flush()
 
 
 def compile_blocks(*models):
-    """Compile block by block: that is quick, and gradients leave for the other ranks early."""
+    """Compile block by block: that is quick, and in training gradients leave for the other ranks early."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each block at the bounds of DDP's buckets
     for model in models:
         for block in model.blocks:
@@ -380,7 +380,7 @@ def compile_blocks(*models):
 def load_last(out, result, settings):
     """last.pt of the folder `out`, or None for a new run. settings: what shapes the result and must be as it was.
 
-    Raises ValueError where last.pt is damaged or of other settings, and where the other checkpoint, `result`, is alone.
+    Raises ValueError where last.pt is damaged or of other settings, and where `result` exists without it.
     """
     path = out / "last.pt"
     if out.is_file():
@@ -390,7 +390,7 @@ def load_last(out, result, settings):
             raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
         return None
     try:
-        # Mapped, 8 processes need not hold 17 GB each. Windows moves no file over a mapped one.
+        # Mapped, 8 processes need not hold 17 GB each. Windows cannot replace a mapped file.
         last = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         before = last["settings"]
     except Exception as error:  # what a damaged file raises differs between versions of torch
@@ -420,21 +420,21 @@ def save_checkpoint(files):
 class Log:
     """Means over steps and ranks, as lines for the terminal and for log.csv, which rank 0 writes.
 
-    add() sums on the device and leaves out what is not finite. kept: how many bytes of log.csv stay, so that no step
-    stands in it twice. Images per second and the time left count previews and saves.
+    add() sums on the device and leaves out what is not finite. A resumed run cuts log.csv to the bytes that it had at
+    the checkpoint, so that no step stands in it twice. Images per second and the time left count previews and saves.
     """
 
-    def __init__(self, out, columns, kept, start, rank):
+    def __init__(self, out, columns, log_bytes, start, rank):
         self.columns, self.sums, self.step, self.time = columns, {}, start, time.perf_counter()
         out.mkdir(parents=True, exist_ok=True)
         self.file = open(out / "log.csv" if rank == 0 else os.devnull, "ab")
         if rank == 0:
-            self.file.seek(self.file.truncate(min(kept, self.file.tell())))
+            self.file.seek(self.file.truncate(min(log_bytes, self.file.tell())))
         if not self.file.tell():
             self.file.write((",".join(columns) + "\n").encode())
 
     def add(self, images=1, **values):
-        """Means over so many images, or one value for each image."""
+        """values: means over `images` images, or tensors of one value for each image."""
         for name, value in values.items():
             value = value.detach().float().flatten()
             finite = value.isfinite()
@@ -479,7 +479,7 @@ def train(args):
     last = load_last(args.out, "decoder.pt", settings)
     start = last["step"] if last else 0
     if start >= total:
-        return say(f"finished: {args.out}/decoder.pt has its {start} steps; a larger --epochs goes on, on its cosine")
+        return say(f"finished: {args.out}/decoder.pt has its {start} steps; a larger --epochs goes on, by its cosine")
 
     # The frozen encoder and the decoder.
     say(f"{source.summary()}\nloading {args.encoder}{', LPIPS' * bool(args.lpips)}{', DINO' * bool(args.gan)}")
@@ -512,7 +512,7 @@ def train(args):
     if args.compile == "on" or args.compile == "auto" and device.type == "cuda":  # before DDP; the average stays eager
         compile_blocks(encoder.vit, model, *([discriminator.vit] if discriminator else []))
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
-    ddp.broadcast_buffers = False  # they are equal on all ranks
+    ddp.broadcast_buffers = False  # they are equal on all ranks; as an argument it is deprecated
     ddp_disc = discriminator
     if discriminator and world_size > 1:
         ddp_disc = DistributedDataParallel(discriminator, gradient_as_bucket_view=True)
@@ -532,10 +532,10 @@ def train(args):
     def preview(done):
         chosen = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()  # always the same eight
         shown = torch.stack([images[index, random_key(args.seed, index)][0] for index in chosen])  # (8, 3, S, S) uint8
-        with torch.no_grad(), autocast:
+        with torch.no_grad():
             decoded = to_uint8(ema(encoder(shown.to(device).float() / 255))).cpu()  # (8, S, S, 3)
-        images_above = torch.cat([shown.permute(0, 2, 3, 1), decoded])
-        image_grid(images_above, len(shown)).save(args.out / f"preview-{done}.png")
+        rows = torch.cat([shown.permute(0, 2, 3, 1), decoded])
+        image_grid(rows, len(shown)).save(args.out / f"preview-{done}.png")
 
     signals = []
 
@@ -591,7 +591,7 @@ def train(args):
         norm, stop = torch.stack([norm, stop]).tolist()  # the host waits for the device
         if math.isfinite(norm):
             optimizer.step()
-            decay = min(args.ema, step / (step + 9))  # the first steps replace the initial weights
+            decay = min(args.ema, step / (step + 9))  # short at first: the initial weights are forgotten
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         else:
@@ -600,7 +600,7 @@ def train(args):
 
         # The discriminator learns from fresh reconstructions of the updated decoder: without noise, in 8 bits.
         if train_disc:
-            # It has the decoder's schedule, begun at its own start: training ends before this cosine does.
+            # The decoder's schedule, counted from disc_start: at the end of training it is still above lr_end.
             rates["disc_lr"] = disc_optimizer.param_groups[0]["lr"] = lr_at(step - disc_start, args, steps_per_epoch)
             discriminator.train()
             for micro, (real, z, augment_fake, augment_real) in enumerate(disc_inputs):
@@ -641,8 +641,8 @@ def main(argv=None):
     parser, args = parse_args(argv)
     try:
         train(args)
-    except ValueError as error:  # bad input, named in the last line; a loader's process puts its traceback before
-        parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
+    except ValueError as error:  # bad input; a loader's process puts its traceback before the message
+        parser.error(str(error).rpartition("\nValueError: ")[2].strip())
     if dist.is_initialized():
         dist.destroy_process_group()
 

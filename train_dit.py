@@ -2,14 +2,14 @@
 
     torchrun --nproc_per_node=gpu train_dit.py --data imagenet/                      # DiT-DH-XL, the paper's recipe
     torchrun --nproc_per_node=gpu train_dit.py --data imagenet/ --preset imagenet512
-    python train_dit.py --data photos/ --init runs/imagenet256/dit/dit.pt --epochs 20 --out runs/photos/dit
+    python train_dit.py --data photos/ --init runs/imagenet256/dit/dit.pt --batch 64 --epochs 320 --out runs/photos/dit
     python train_dit.py --preset demo                                                # no data, no GPU, minutes
 
 The same command again resumes. Paper: arXiv 2510.11690, sections 4 and 5. It writes to --out:
     dit.pt          EMA weights, configuration, class names and latent statistics: what sample.py reads
     last.pt         everything that is needed to go on exactly where training stopped
     stat.pt         the latent statistics
-    log.csv         one row for each logged interval, with the loss by bins of t
+    log.csv         one row for each logged interval, with the loss by bins of the shifted t
     preview-*.png   samples of the EMA weights from fixed noise, when there is a decoder
     dit-*.pt        dit.pt at the steps of --keep-every: guides for AutoGuidance, points of a FID curve
 """
@@ -40,7 +40,7 @@ from encoder import (ENCODERS, Encoder, Images, center_crop_flip, decoder_pixels
 
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 RECIPE = [
-    # flag              paper        demo           meaning, and what else the paper has
+    # flag              paper        demo           meaning, and where the paper differs
     ("--size",          256,         32,            "image side in pixels"),
     ("--encoder",       "dinov2-b",  "random-tiny", f"{', '.join(ENCODERS)}, or a timm ViT by its name"),
     ("--layers",        [int],       [int],         "encoder blocks, from 0, whose mean is the latent; none: the last"),
@@ -62,10 +62,10 @@ RECIPE = [
     ("--stats-images",  50000,       4000,          "images on which the statistics are measured"),
     ("--seed",          0,           0,             "seed of the weights and of everything that is drawn"),
 ]
-RUN = [  # a resumed run may have these otherwise, if its images are as many and of the same classes
+RUN = [  # a resumed run may change these, as long as its images are as many and of the same classes
     ("--data",          None,        "shapes",      "folder with a folder for each class; or `shapes`"),
     ("--encoder-weights", None,      None,          "local file, instead of the download"),
-    ("--init",          None,        None,          "weights to start from; published ones need their --stats"),
+    ("--init",          None,        None,          "weights to start from (published: + --stats); ignored on resume"),
     ("--out",           None,        None,          "folder for what is written (default: runs/<preset>/dit)"),
     ("--decoder",       None,        None,          "for previews (default: that of runs/<preset>, if it fits)"),
     ("--micro-batch",   32,          32,            "most images in one forward, for DiT-DH-XL on 80 GB"),
@@ -81,8 +81,8 @@ RUN = [  # a resumed run may have these otherwise, if its images are as many and
     ("--keep-every",    0,           0,             "steps between copies dit-<step>.pt that stay; 0: none"),
 ]
 IMAGENET512 = {"--size": 512, "--epochs": 400.0, "--micro-batch": 8}
-PLAIN_DIT = dict(decay_start=math.inf, clip=0.0, ema=0.9999)  # the paper's without the DDT head
-MAY_DIFFER = {"--epochs", "--lr", "--lr-end"}  # and these of the recipe
+PLAIN_DIT = dict(decay_start=math.inf, clip=0.0, ema=0.9999)  # the paper's recipe for the plain DiT
+MAY_DIFFER = {"--epochs", "--lr", "--lr-end"}  # rows of RECIPE that a resumed run may change too
 
 
 def parse_args(argv):
@@ -116,7 +116,7 @@ def lr_at(step, args, steps_per_epoch):
 
 
 def draw(keys, labels, shape, null_class, label_dropout, generator):
-    """Everything random of a training step: times, noise, dropped labels.
+    """What a step draws on the device: times, noise, dropped labels. The loader draws the flips.
 
     Each image has a seed of its own in each epoch, its key (see `training_batches`). So what is drawn depends on
     neither the batch nor the processes, and a resumed run draws the same numbers without any state of a generator.
@@ -139,7 +139,7 @@ LOSS_BY_TIME = [f"loss_t{i / 5:.1f}" for i in range(5)]
 
 
 def by_time(losses, t):
-    """The losses (B,) once for each fifth of [0, 1], NaN where t (B,) lies elsewhere: the log leaves NaN out."""
+    """The losses (B,) once for each fifth of [0, 1], NaN for images whose t (B,) lies outside it: the log skips NaN."""
     fifth = (5 * t).long().clamp(max=4)
     return {name: losses.where(fifth == i, math.nan) for i, name in enumerate(LOSS_BY_TIME)}
 
@@ -178,7 +178,7 @@ def measure_statistics(args, encoder, images, micro_batch, rank, world_size, dev
         raise ValueError(f"{len(order)} images are too few for latent statistics: give at least 8, or --stats stat.pt")
     chosen = [(int(i), random_key(args.seed, int(i))) for i in order[rank::world_size]]
     chosen = [chosen[i : i + micro_batch] for i in range(0, len(chosen), micro_batch)]
-    bar = tqdm(chosen, "latent statistics", disable=rank > 0)
+    bar = tqdm(chosen, "latent statistics", disable=rank > 0)  # the loader takes its batches from the bar
     return latent_statistics(encoder, make_loader(images, bar, args.workers, device), device)
 
 
@@ -200,8 +200,8 @@ def preview_decoder(args, encoder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run: flags, processes, checkpoints, the log. Both trainers have these functions, word for word, so that each file
-# can be read and copied alone.
+# The run: flags, processes, checkpoints, the log. Both trainers have these functions, word for word, so that each is
+# read in one file.
 
 
 def make_parser(description, table, imagenet512, argv):
@@ -233,7 +233,7 @@ def check_values(parser, args, above_zero):
     for name, value in vars(args).items():
         number = isinstance(value, (int, float))
         if value == "" or number and not value >= 0 or name in above_zero and value in (0, math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or too small, or infinite: give another value")
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty, too small or infinite: give another value")
 
 
 def set_up(args):
@@ -246,21 +246,21 @@ def set_up(args):
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
         torch.backends.cudnn.allow_tf32 = args.precision != "float32"
     if world_size > 1:
-        # NCCL's own limit of ten minutes would end a run whose rank 0 takes longer over a checkpoint or a preview.
+        # NCCL's own limit of ten minutes would end a run in which rank 0 takes longer, over a checkpoint say.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
                                 device_id=device if device.type == "cuda" else None)
     return rank, world_size, device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def say(words):
-    """Print on rank 0, around the progress bar."""
+    """Print on rank 0, without breaking the progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(words)
         sys.stdout.flush()
 
 
 def compile_blocks(*models):
-    """Compile block by block: that is quick, and gradients leave for the other ranks early."""
+    """Compile block by block: that is quick, and in training gradients leave for the other ranks early."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each block at the bounds of DDP's buckets
     for model in models:
         for block in model.blocks:
@@ -270,7 +270,7 @@ def compile_blocks(*models):
 def load_last(out, result, settings):
     """last.pt of the folder `out`, or None for a new run. settings: what shapes the result and must be as it was.
 
-    Raises ValueError where last.pt is damaged or of other settings, and where the other checkpoint, `result`, is alone.
+    Raises ValueError where last.pt is damaged or of other settings, and where `result` exists without it.
     """
     path = out / "last.pt"
     if out.is_file():
@@ -280,7 +280,7 @@ def load_last(out, result, settings):
             raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
         return None
     try:
-        # Mapped, 8 processes need not hold 17 GB each. Windows moves no file over a mapped one.
+        # Mapped, 8 processes need not hold 17 GB each. Windows cannot replace a mapped file.
         last = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         before = last["settings"]
     except Exception as error:  # what a damaged file raises differs between versions of torch
@@ -310,21 +310,21 @@ def save_checkpoint(files):
 class Log:
     """Means over steps and ranks, as lines for the terminal and for log.csv, which rank 0 writes.
 
-    add() sums on the device and leaves out what is not finite. kept: how many bytes of log.csv stay, so that no step
-    stands in it twice. Images per second and the time left count previews and saves.
+    add() sums on the device and leaves out what is not finite. A resumed run cuts log.csv to the bytes that it had at
+    the checkpoint, so that no step stands in it twice. Images per second and the time left count previews and saves.
     """
 
-    def __init__(self, out, columns, kept, start, rank):
+    def __init__(self, out, columns, log_bytes, start, rank):
         self.columns, self.sums, self.step, self.time = columns, {}, start, time.perf_counter()
         out.mkdir(parents=True, exist_ok=True)
         self.file = open(out / "log.csv" if rank == 0 else os.devnull, "ab")
         if rank == 0:
-            self.file.seek(self.file.truncate(min(kept, self.file.tell())))
+            self.file.seek(self.file.truncate(min(log_bytes, self.file.tell())))
         if not self.file.tell():
             self.file.write((",".join(columns) + "\n").encode())
 
     def add(self, images=1, **values):
-        """Means over so many images, or one value for each image."""
+        """values: means over `images` images, or tensors of one value for each image."""
         for name, value in values.items():
             value = value.detach().float().flatten()
             finite = value.isfinite()
@@ -373,15 +373,16 @@ def train(args):
     # The frozen encoder, the decoder for previews, and the model that learns to draw the latents.
     say(f"{source.summary()}\nloading the encoder {args.encoder}")
     encoder = Encoder(args.encoder, args.size, args.encoder_weights, args.layers).to(device)
-    latent_dim, grid, _ = shape = encoder.latent_shape
+    shape = encoder.latent_shape  # (C, H, W)
     decoder = preview_decoder(args, encoder) if rank == 0 else None
     num_classes = 0 if args.unconditional else len(source.classes)
     label_dropout = 1.0 if args.unconditional else args.label_dropout
     torch.manual_seed(args.seed)
-    model = DiT(latent_dim, grid, num_classes, **SIZES[args.model], qk_norm=args.qk_norm)
+    model = DiT(shape[0], encoder.grid, num_classes, **SIZES[args.model], qk_norm=args.qk_norm)
     initial = load_initial(args, model, encoder) if args.init and not last else {}
     shift = last["shift"] if last else initial.get("shift", shift_strength(shape, args.shift_base))
-    model.to(device).train().checkpointing = args.checkpointing
+    model = model.to(device).train()
+    model.checkpointing = args.checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
@@ -408,7 +409,7 @@ def train(args):
         optimizer.load_state_dict(last["optimizer"])
         last = None  # last.pt is memory-mapped: release it
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
-    ddp.broadcast_buffers = False  # they are equal on all ranks
+    ddp.broadcast_buffers = False  # they are equal on all ranks; as an argument it is deprecated
 
     def checkpoint(done):
         result = dict(kind="dit", config=model.config, model=ema.state_dict(), stats=stats, shift=shift,
@@ -419,7 +420,7 @@ def train(args):
             files[args.out / f"dit-{done}.pt"] = result
         last = dict(settings=settings, step=done, model=model.state_dict(), ema=ema.state_dict(), stats=stats,
                     optimizer=optimizer.state_dict(), shift=shift, log_bytes=log.file.tell())
-        save_checkpoint(files | {args.out / "last.pt": last})  # last.pt comes last: it finds the others of its step
+        save_checkpoint(files | {args.out / "last.pt": last})  # last.pt is moved last: the others are never older
 
     def preview(done):
         labels = torch.arange(16, device=device) * num_classes // 16
@@ -467,7 +468,7 @@ def train(args):
         norm, stop = torch.stack([norm, stop]).tolist()  # the host waits for the device
         if math.isfinite(norm):
             optimizer.step()
-            decay = min(args.ema, step / (step + 9))  # the first steps replace the initial weights
+            decay = min(args.ema, step / (step + 9))  # short at first: the initial weights are forgotten
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         else:
@@ -495,8 +496,8 @@ def main(argv=None):
     parser, args = parse_args(argv)
     try:
         train(args)
-    except ValueError as error:  # bad input, named in the last line; a loader's process puts its traceback before
-        parser.error(str(error).splitlines()[-1].removeprefix("ValueError: "))
+    except ValueError as error:  # bad input; a loader's process puts its traceback before the message
+        parser.error(str(error).rpartition("\nValueError: ")[2].strip())
     if dist.is_initialized():
         dist.destroy_process_group()
 

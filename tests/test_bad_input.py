@@ -267,7 +267,7 @@ sample
 --reconstruct damaged --workers 1 | damaged/0001.png | repair
 --reconstruct photo.png --decoder decoder_wide.pt | decoder_wide.pt | (128, 4, 4)
 --reconstruct photo.png --out x.npz | x.npz | .png
---reconstruct photo.png --out photo.png | photo.png | another
+--reconstruct photo.png --out photo.png | photo.png | not the photo itself
 fid
 a.npz | SAMPLES is missing
 absent.npz a.npz | absent.npz

@@ -93,7 +93,7 @@ def test_a_preset_is_a_column_and_flags_override_it():
 
 BAD = {f"--{name} 0": f"--{name} 0" for name in
        ("size", "batch", "micro-batch", "epochs", "lr", "log-every", "save-every")}
-BAD |= {f"--{name} {value}": f"--{name} {value!r} is empty or too small" for name, value in dict(
+BAD |= {f"--{name} {value}": f"--{name} {value!r} is empty, too small or infinite" for name, value in dict(
     lr=-1.0, epochs=float("nan"), warmup=-0.1, seed=-1, out="", data="", init="").items()}
 BAD |= {f"--{name} x": f"argument --{name}: invalid choice" for name in
         ("precision", "model", "compile", "device", "preset")}

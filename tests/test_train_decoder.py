@@ -169,7 +169,7 @@ def test_sizes_of_the_recipe():
 
 def test_where_the_discriminator_may_start_and_what_else_is_refused(adversarial, tmp_path, capsys):
     for changes, said in [
-            (dict(gan_start=0.3), "--gan-start 0.3 comes before --disc-start 0.4"),
+            (dict(gan_start=0.3), "--gan-start 0.3: give at least --disc-start 0.4, or --gan 0"),
             (dict(resize=15), "--resize 15 is below --size 16"),
             (dict(lpips=1, size=15), "--size 15 is too small for the perceptual loss"),
             (dict(encoder_size=24, size=32, resize=32), "--size 32 is no multiple of the encoder's grid of 3")]:

@@ -124,8 +124,7 @@ def image_grid(images, columns, gap=2):
     return Image.fromarray(canvas[: len(canvas) - gap, : canvas.shape[1] - gap])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path):

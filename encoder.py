@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The frozen encoders
+# --- The frozen encoders ---------------------------------------------------------------------------------------------
 
 ENCODERS = {  # name -> timm model. Channels C, published rFID-50k of ViT-XL decoders without noise
     "dinov2-s": "vit_small_patch14_reg4_dinov2.lvd142m",  # 384, 0.52
@@ -66,7 +65,9 @@ def decoder_pixels(name):
 def latents_of(record):
     """Name and layers of an encoder's record as one text. Two files that give the same text hold the same latents."""
     layers = " ".join(map(str, sorted(set(record.get("layers", [])))))
-    return record["name"] + (f", layers {layers}" if layers else "")
+    short = {model: name for name, model in ENCODERS.items() if name != "random-tiny"}  # timm's name, to ours
+    name = short.get(record["name"], record["name"])
+    return name + (f", layers {layers}" if layers else "")
 
 
 def pretrained(model, weights, flag, **options):
@@ -175,8 +176,7 @@ class Encoder(nn.Module):
         return tokens.mT.unflatten(2, (self.grid, self.grid))  # (B, C, H, W)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latent statistics
+# --- Latent statistics -----------------------------------------------------------------------------------------------
 
 
 def fill_up(batch, size):
@@ -203,8 +203,7 @@ def latent_statistics(encoder, loader, device):
     return {"mean": mean.float(), "var": (square - mean.square()).clamp(min=0).float()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image files and crops
+# --- Image files and crops -------------------------------------------------------------------------------------------
 
 
 def open_image(path):
@@ -252,8 +251,7 @@ def center_crop_flip(image, size, rng):
     return ImageOps.mirror(image) if rng.random() < 0.5 else image
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources of images: a folder, or shapes drawn on the fly
+# --- Sources of images: a folder, or shapes drawn on the fly ---------------------------------------------------------
 
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
@@ -296,7 +294,8 @@ class ImageFolder:
             if os.fsencode(name).decode(errors="replace") != name:
                 raise ValueError(f"the name of the folder {os.fsencode(name)} is not UTF-8: rename it")
         self.left_out = collections.Counter()
-        endings = tuple(Image.registered_extensions().keys() - {".pdf"})  # Pillow only writes PDF
+        unreadable = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}  # though registered
+        endings = tuple(Image.registered_extensions().keys() - unreadable)
 
         def images_in(parent, files):
             files = [name for name in sorted(files) if not name.startswith(".")]
@@ -415,8 +414,7 @@ def image_source(data, size):
     return Shapes(8000, size) if data == "shapes" else ImageFolder(data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loader
+# --- The loader ------------------------------------------------------------------------------------------------------
 
 
 def random_key(*numbers):

@@ -71,8 +71,7 @@ def load_weights(module, url, path, flag):
                          f"{flag}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Inception (arXiv 1512.00567) as in TensorFlow's graph of 2015, and DINOv2
+# --- Inception (arXiv 1512.00567) as in TensorFlow's graph of 2015, and DINOv2 ---------------------------------------
 
 
 def resize_tensorflow1(x, size):
@@ -165,8 +164,7 @@ class DINOv2(nn.Module):
         return (self.vit.forward_features((x - self.mean) / self.std)[:, 0],)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distances between sets of features
+# --- Distances between sets of features ------------------------------------------------------------------------------
 
 
 class FeatureStatistics:
@@ -257,8 +255,7 @@ def inception_score(logits, split_size=5000):
     return sum(scores) / len(scores)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distances between pairs of images
+# --- Distances between pairs of images -------------------------------------------------------------------------------
 
 
 def psnr(a, b):
@@ -322,8 +319,7 @@ class LPIPS(nn.Module):
         return distance  # (B,)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# --- Command line ----------------------------------------------------------------------------------------------------
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # the ADM suite's keys: two for FID, two for sFID
 

@@ -105,8 +105,6 @@ def parse_args(argv):
     args.per_class = args.per_class or (1 if args.trajectory else 10 if args.preset == "demo" else 4)
     args.dit = args.dit or Path("runs", args.preset, "dit", "dit.pt")
     args.decoder = args.decoder or Path("runs", args.preset, "decoder", "decoder.pt")
-    if args.scale == math.inf:
-        parser.error("--scale inf: give a number")
     if not 0 <= args.interval[0] <= args.interval[1] <= 1:
         parser.error(f"--interval {args.interval[0]:g} {args.interval[1]:g}: give 0 <= LOW <= HIGH <= 1")
     if args.trajectory and (args.steps < 8 or args.reconstruct):
@@ -123,21 +121,22 @@ def parse_args(argv):
     return parser, args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks, processes, compilation: as in the trainers, word for word
+# --- Checks, processes, compilation: as in the trainers, word for word -----------------------------------------------
 
 
 def check_values(parser, args, above_zero):
-    """Refuse empty texts, negative numbers, and 0 and infinity for the flags `above_zero`."""
+    """Refuse empty texts and numbers that are out of range: negative, infinite, 0 for the flags `above_zero`, ..."""
     for name, value in vars(args).items():
-        number = isinstance(value, (int, float))
-        if value == "" or number and not value >= 0 or name in above_zero and value in (0, math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value!r} is empty, too small or infinite: give another value")
+        limit = {"ema": 1, "label_dropout": 1, "seed": 2**63}.get(name, math.inf)
+        fits = not isinstance(value, (int, float)) or 0 <= value < limit or name.startswith("decay") and value > 0
+        if value == "" or not fits or name in above_zero and value == 0:
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or out of range: give another value")
 
 
 def set_up(args):
     """Join torchrun's processes and set the precision -> (rank, world size, device, autocast)."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # some clusters set the latter alone
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -166,8 +165,7 @@ def compile_blocks(*models):
             block.compile(dynamic=False)  # a graph for each shape is faster than one for all
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
+# --- Generation ------------------------------------------------------------------------------------------------------
 
 
 def load_models(args):
@@ -260,8 +258,7 @@ def generate(args, rank, world_size, device, autocast):
     write_images(args, rank, world_size, device, shape, args.batch * len(shown), columns, pictures())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reconstruction
+# --- Reconstruction --------------------------------------------------------------------------------------------------
 
 
 def reconstruct(args, rank, world_size, device, autocast):
@@ -300,8 +297,7 @@ def reconstruct(args, rank, world_size, device, autocast):
     write_images(args, rank, world_size, device, shape, args.batch, 8, (decoded(pixels) for pixels in batches))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 def write_images(args, rank, world_size, device, shape, size, columns, batches):

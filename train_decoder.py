@@ -190,8 +190,7 @@ def diffaug(images, draws):
     return level + (images - level) * (contrast + 0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
+# --- Losses ----------------------------------------------------------------------------------------------------------
 
 
 def hinge_loss(real_logits, fake_logits):
@@ -252,8 +251,7 @@ def decoder_losses(fake, real, lpips=None, lpips_weight=1.0, discriminator=None,
     return gradient, {name: loss.detach() for name, loss in losses.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedule and draws
+# --- Schedule and draws ----------------------------------------------------------------------------------------------
 
 
 def lr_at(step, args, steps_per_epoch):
@@ -284,8 +282,7 @@ def draw(keys, shape, tau, generator):
     return tau * sigma.abs() * noise, augment.transpose(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run starts from
+# --- What a run starts from ------------------------------------------------------------------------------------------
 
 
 def initial_decoder(args, encoder, last):
@@ -339,16 +336,18 @@ def make_parser(description, table, imagenet512, argv):
 
 
 def check_values(parser, args, above_zero):
-    """Refuse empty texts, negative numbers, and 0 and infinity for the flags `above_zero`."""
+    """Refuse empty texts and numbers that are out of range: negative, infinite, 0 for the flags `above_zero`, ..."""
     for name, value in vars(args).items():
-        number = isinstance(value, (int, float))
-        if value == "" or number and not value >= 0 or name in above_zero and value in (0, math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value!r} is empty, too small or infinite: give another value")
+        limit = {"ema": 1, "label_dropout": 1, "seed": 2**63}.get(name, math.inf)
+        fits = not isinstance(value, (int, float)) or 0 <= value < limit or name.startswith("decay") and value > 0
+        if value == "" or not fits or name in above_zero and value == 0:
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or out of range: give another value")
 
 
 def set_up(args):
     """Join torchrun's processes and set the precision -> (rank, world size, device, autocast)."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # some clusters set the latter alone
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -382,24 +381,29 @@ def load_last(out, result, settings):
 
     Raises ValueError where last.pt is damaged or of other settings, and where `result` exists without it.
     """
-    path = out / "last.pt"
+    path, last = out / "last.pt", None
     if out.is_file():
         raise ValueError(f"--out {out} is a file: give a folder")
-    if not path.exists():
-        if (out / result).exists() and not (out / "last.pt.tmp").exists():  # a killed first save leaves the latter
-            raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
-        return None
-    try:
-        # Mapped, 8 processes need not hold 17 GB each. Windows cannot replace a mapped file.
-        last = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-        before = last["settings"]
-    except Exception as error:  # what a damaged file raises differs between versions of torch
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): put back a copy, or move {out} away") from None
-    differ = [f"{name} {str(before.get(name))[:60]}, now {str(settings.get(name))[:60]}"
-              for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
-    if differ:
-        raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out, and "
-                         f"--init {out / result} to go on from its weights")
+    if path.exists():
+        try:
+            # Mapped, 8 processes need not hold 17 GB each. Windows cannot replace a mapped file.
+            last = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+            before = last["settings"]
+        except Exception as error:  # what a damaged file raises differs between versions of torch
+            raise ValueError(f"{path} is damaged or of another version ({type(error).__name__}): put back a copy, or "
+                             f"move {out} away") from None
+        differ = [f"{name} {str(before.get(name))[:60]}, now {str(settings.get(name))[:60]}"
+                  for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
+        if differ:
+            raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out, and "
+                             f"--init {out / result} to go on from its weights")
+    elif (out / result).exists() and not (out / "last.pt.tmp").exists():  # a killed first save leaves the latter
+        raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
+    if dist.is_initialized():
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, last and last["step"])
+        if len(set(steps)) > 1:
+            raise ValueError(f"the processes see different files at {path}: put --out on a disk that all nodes share")
     return last
 
 
@@ -456,8 +460,7 @@ class Log:
         return " ".join(f"{name} {value}" for name, value in row.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def train(args):
@@ -532,7 +535,7 @@ def train(args):
     def preview(done):
         chosen = np.random.default_rng(args.seed).permutation(len(source))[:8].tolist()  # always the same eight
         shown = torch.stack([images[index, random_key(args.seed, index)][0] for index in chosen])  # (8, 3, S, S) uint8
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             decoded = to_uint8(ema(encoder(shown.to(device).float() / 255))).cpu()  # (8, S, S, 3)
         rows = torch.cat([shown.permute(0, 2, 3, 1), decoded])
         image_grid(rows, len(shown)).save(args.out / f"preview-{done}.png")
@@ -544,13 +547,12 @@ def train(args):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C stops at once\n" if rank == 0 else b"")
 
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, stop_after_step)
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # nohup ignores SIGHUP
+    handlers = {n: signal.signal(n, stop_after_step) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
 
     say(f"{args.model}, patch {model.patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
-        f"{steps_per_epoch:.4g} an epoch; from step {start}")
+        f"{steps_per_epoch:.4g} an epoch; from step {start}" + "; --init is not read again" * bool(args.init and start))
     if discriminator:
         say(f"discriminator from step {disc_start}, its loss from step {gan_start}" + (
             ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""))
@@ -631,6 +633,8 @@ def train(args):
             checkpoint(done)  # after the preview: a run that goes on from here would not draw it
         if end:
             break
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if done < total:
         say(f"stopped and saved at step {done}; the same command resumes")
     if unreadable := int(images.unreadable.sum()):

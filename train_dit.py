@@ -48,24 +48,24 @@ RECIPE = [
     ("--qk-norm",       False,       False,         "RMSNorm on q and k, for bf16 training; the paper: without"),
     ("--unconditional", False,       False,         "train without labels"),
     ("--shift-base",    4096.0,      512.0,         "base of the time shift sqrt(C H W / base); --init keeps its own"),
-    ("--epochs",        80.0,        14.0,          "length of training; the paper: also 800 at 256 px"),
+    ("--epochs",        80.0,        12.0,          "length of training; the paper: also 800 at 256 px"),
     ("--batch",         1024,        32,            "images in a step, over all processes"),
     ("--lr",            2e-4,        3e-3,          "learning rate of AdamW, betas (0.9, 0.95), no weight decay"),
     ("--lr-end",        2e-5,        1e-4,          "learning rate from --decay-end on"),
     ("--warmup",        0.0,         0.4,           "epochs of linear warm-up"),
-    ("--decay-start",   40.0,        5.0,           "epoch where --lr begins to fall linearly; plain DiT: never"),
+    ("--decay-start",   40.0,        4.0,           "epoch where --lr begins to fall linearly; plain DiT: never"),
     ("--decay-end",     800.0,       0.0,           "epoch where the fall ends; 0: with the training"),
     ("--clip",          1.0,         1.0,           "largest gradient norm; 0: no clipping, as for the plain DiT"),
     ("--ema",           0.9995,      0.995,         "decay of the weights' average; plain DiT: 0.9999"),
     ("--label-dropout", 0.1,         0.1,           "share of labels replaced by the null class"),
-    ("--stats",         None,        None,          "latent statistics (default: those of --init, or measured)"),
-    ("--stats-images",  50000,       4000,          "images on which the statistics are measured"),
     ("--seed",          0,           0,             "seed of the weights and of everything that is drawn"),
 ]
 RUN = [  # a resumed run may change these, as long as its images are as many and of the same classes
     ("--data",          None,        "shapes",      "folder with a folder for each class; or `shapes`"),
     ("--encoder-weights", None,      None,          "local file, instead of the download"),
     ("--init",          None,        None,          "weights to start from (published: + --stats); ignored on resume"),
+    ("--stats",         None,        None,          "latent statistics (default: of --init, or measured)"),
+    ("--stats-images",  50000,       4000,          "images on which the statistics are measured"),
     ("--out",           None,        None,          "folder for what is written (default: runs/<preset>/dit)"),
     ("--decoder",       None,        None,          "for previews (default: that of runs/<preset>, if it fits)"),
     ("--micro-batch",   32,          32,            "most images in one forward, for DiT-DH-XL on 80 GB"),
@@ -101,8 +101,7 @@ def parse_args(argv):
     return parser, args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedule and draws
+# --- Schedule and draws ----------------------------------------------------------------------------------------------
 
 
 def lr_at(step, args, steps_per_epoch):
@@ -144,8 +143,7 @@ def by_time(losses, t):
     return {name: losses.where(fifth == i, math.nan) for i, name in enumerate(LOSS_BY_TIME)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run starts from: weights, statistics, the decoder for previews
+# --- What a run starts from: weights, statistics, the decoder for previews -------------------------------------------
 
 
 def load_initial(args, model, encoder):
@@ -229,16 +227,18 @@ def make_parser(description, table, imagenet512, argv):
 
 
 def check_values(parser, args, above_zero):
-    """Refuse empty texts, negative numbers, and 0 and infinity for the flags `above_zero`."""
+    """Refuse empty texts and numbers that are out of range: negative, infinite, 0 for the flags `above_zero`, ..."""
     for name, value in vars(args).items():
-        number = isinstance(value, (int, float))
-        if value == "" or number and not value >= 0 or name in above_zero and value in (0, math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value!r} is empty, too small or infinite: give another value")
+        limit = {"ema": 1, "label_dropout": 1, "seed": 2**63}.get(name, math.inf)
+        fits = not isinstance(value, (int, float)) or 0 <= value < limit or name.startswith("decay") and value > 0
+        if value == "" or not fits or name in above_zero and value == 0:
+            parser.error(f"--{name.replace('_', '-')} {value!r} is empty or out of range: give another value")
 
 
 def set_up(args):
     """Join torchrun's processes and set the precision -> (rank, world size, device, autocast)."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # some clusters set the latter alone
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -272,24 +272,29 @@ def load_last(out, result, settings):
 
     Raises ValueError where last.pt is damaged or of other settings, and where `result` exists without it.
     """
-    path = out / "last.pt"
+    path, last = out / "last.pt", None
     if out.is_file():
         raise ValueError(f"--out {out} is a file: give a folder")
-    if not path.exists():
-        if (out / result).exists() and not (out / "last.pt.tmp").exists():  # a killed first save leaves the latter
-            raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
-        return None
-    try:
-        # Mapped, 8 processes need not hold 17 GB each. Windows cannot replace a mapped file.
-        last = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-        before = last["settings"]
-    except Exception as error:  # what a damaged file raises differs between versions of torch
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): put back a copy, or move {out} away") from None
-    differ = [f"{name} {str(before.get(name))[:60]}, now {str(settings.get(name))[:60]}"
-              for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
-    if differ:
-        raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out, and "
-                         f"--init {out / result} to go on from its weights")
+    if path.exists():
+        try:
+            # Mapped, 8 processes need not hold 17 GB each. Windows cannot replace a mapped file.
+            last = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+            before = last["settings"]
+        except Exception as error:  # what a damaged file raises differs between versions of torch
+            raise ValueError(f"{path} is damaged or of another version ({type(error).__name__}): put back a copy, or "
+                             f"move {out} away") from None
+        differ = [f"{name} {str(before.get(name))[:60]}, now {str(settings.get(name))[:60]}"
+                  for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
+        if differ:
+            raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out, and "
+                             f"--init {out / result} to go on from its weights")
+    elif (out / result).exists() and not (out / "last.pt.tmp").exists():  # a killed first save leaves the latter
+        raise ValueError(f"{out} holds a {result} but no last.pt to resume from: choose another --out")
+    if dist.is_initialized():
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, last and last["step"])
+        if len(set(steps)) > 1:
+            raise ValueError(f"the processes see different files at {path}: put --out on a disk that all nodes share")
     return last
 
 
@@ -346,8 +351,7 @@ class Log:
         return " ".join(f"{name} {value}" for name, value in row.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def train(args):
@@ -436,13 +440,13 @@ def train(args):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C stops at once\n" if rank == 0 else b"")
 
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, stop_after_step)
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # nohup ignores SIGHUP
+    handlers = {n: signal.signal(n, stop_after_step) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
 
     say(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; time shift {shift:.2f}; "
         f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
-        f"{steps_per_epoch:.4g} an epoch; from step {start}" + ("" if decoder else "; no previews"))
+        f"{steps_per_epoch:.4g} an epoch; from step {start}" + "; --init is not read again" * bool(args.init and start)
+        + ("" if decoder else "; no previews"))
     parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
     batches = iter(make_loader(images, parts, args.workers, device))
     generator = torch.Generator(device)
@@ -486,6 +490,8 @@ def train(args):
             checkpoint(done)  # after the preview: a run that goes on from here would not draw it
         if end:
             break
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if done < total:
         say(f"stopped and saved at step {done}; the same command resumes")
     if unreadable := int(images.unreadable.sum()):

@@ -144,6 +144,8 @@ def test_latents_of_several_layers():
     assert both.record == dict(name="random-tiny", image_size=32, layers=[0, 2], **HALF)
     assert encoders.latents_of(both.record) == "random-tiny, layers 0 2"
     assert encoders.latents_of(whole.record) == encoders.latents_of({"name": "random-tiny"}) == "random-tiny"
+    assert encoders.latents_of({"name": ENCODERS["dinov2-b"]}) == "dinov2-b", "two names, the same latents"
+    assert encoders.latents_of({"name": ENCODERS["random-tiny"]}) != "random-tiny", "its weights are not timm's"
     for layers, words in {(3,): "3", (0, -1): "0 -1", (1, 99, 0): "1 99 0"}.items():
         with pytest.raises(ValueError, match=f"^layers {words}: encoder random-tiny has the blocks 0 to 2$"):
             Encoder("random-tiny", 32, layers=layers)

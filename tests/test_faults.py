@@ -27,8 +27,9 @@ STEPS = 9  # a decoder's epoch has 5 of them, a diffusion model's 2.5
 NO_SAVES = ["--save-every", "99"]  # but the last
 NO_WORKERS = ["--workers", "0"]
 FREE = {f"--{name}" for name in (  # what a resumed run may have otherwise
-    "epochs lr lr-end data encoder-weights init out decoder micro-batch checkpointing precision compile device workers "
-    "log-every preview-every save-every keep-every vgg-weights lpips-weights dino-weights").split()}
+    "epochs lr lr-end data encoder-weights init stats stats-images out decoder micro-batch checkpointing precision "
+    "compile device workers log-every preview-every save-every keep-every vgg-weights lpips-weights "
+    "dino-weights").split()}
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -204,7 +205,7 @@ def test_what_a_resumed_run_may_have_otherwise(script, argv, begun, tmp_path, mo
     module, before, result = SCRIPTS[script], contents(begun), f"{begun}/{RESULT[script]}"
     monkeypatch.setattr(module, "Encoder", None)  # building one raises TypeError
     same = vars(module.parse_args(argv)[1])
-    others = dict(layers=[0, 1], betas=[0.5, 0.9], model=list(module.SIZES)[0], precision="bf16", compile="on",
+    others = dict(ema=0.5, layers=[0, 1], betas=[0.5, 0.9], model=list(module.SIZES)[0], precision="bf16", compile="on",
                   device="cpu", decay_end=20, out=begun, data=make_images(tmp_path / "moved", 20, classes="ab"))
     for flag, *_ in module.RECIPE + module.RUN:
         name = flag.strip("-").replace("-", "_")

@@ -93,11 +93,12 @@ def test_a_preset_is_a_column_and_flags_override_it():
 
 BAD = {f"--{name} 0": f"--{name} 0" for name in
        ("size", "batch", "micro-batch", "epochs", "lr", "log-every", "save-every")}
-BAD |= {f"--{name} {value}": f"--{name} {value!r} is empty, too small or infinite" for name, value in dict(
-    lr=-1.0, epochs=float("nan"), warmup=-0.1, seed=-1, out="", data="", init="").items()}
+BAD |= {f"--{name} {value}": f"--{name} {value!r} is empty or out of range" for name, value in dict(
+    lr=-1.0, epochs=float("nan"), warmup=-0.1, seed=2**63, out="", data="", init="", ema=1.0).items()}
 BAD |= {f"--{name} x": f"argument --{name}: invalid choice" for name in
         ("precision", "model", "compile", "device", "preset")}
-BAD |= {"--lr inf": "--lr inf is", "--batch 1.5": "argument --batch: invalid int", "--epoch 1": "unrecognized argum"}
+BAD |= {"--lr inf": "--lr inf is", "--seed -1": "--seed -1 is", "--warmup inf": "--warmup inf is",
+         "--batch 1.5": "argument --batch: invalid int", "--epoch 1": "unrecognized argum"}
 
 
 @TRAINERS
@@ -105,6 +106,23 @@ def test_a_bad_value_is_one_line_before_anything_is_built(it, capsys, monkeypatc
     monkeypatch.setattr(it, "train", lambda args: pytest.fail("the run began"))
     for words, reason in BAD.items():
         assert refused(it, capsys, *TINY, *words.split(" ")).startswith(reason), words
+
+
+@TRAINERS
+def test_processes_that_see_different_files_are_refused(it, tmp_path, monkeypatch):
+    """As on two nodes whose --out is on no shared disk: one would go on, the other begin."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for other in (None, 20):
+        def gather(steps, mine, other=other):
+            steps[:] = [mine, other]
+
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+        if other is None:
+            assert it.load_last(tmp_path, "x.pt", {}) is None
+        else:
+            with pytest.raises(ValueError, match="on a disk that all nodes share"):
+                it.load_last(tmp_path, "x.pt", {})
 
 
 @TRAINERS
@@ -310,7 +328,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
         with pytest.raises(ValueError) as error:
             load_last(tmp_path, "dit.pt", SETTINGS)
         message = str(error.value)
-        assert message.startswith(f"{path} is damaged (") and "\n" not in message
+        assert message.startswith(f"{path} is damaged or of another version (") and "\n" not in message
         assert message.endswith(f"): put back a copy, or move {tmp_path} away")
 
 

@@ -54,7 +54,7 @@ RECIPE = [
     ("--gan",           0.75,        0.0,           "factor on the adaptive weight of the GAN loss; 0: off"),
     ("--disc-start",    6.0,         1.0,           "epoch from which the discriminator trains"),
     ("--gan-start",     8.0,         1.5,           "epoch from which its loss trains the decoder"),
-    ("--epochs",        16.0,        5.0,           "length of training and of the cosine schedules"),
+    ("--epochs",        16.0,        4.0,           "length of training and of the cosine schedules"),
     ("--batch",         512,         16,            "images in a step, over all processes"),
     ("--lr",            2e-4,        4e-3,          "learning rate of both AdamWs, without weight decay"),
     ("--lr-end",        2e-5,        3e-5,          "learning rate at the end of the cosine"),

@@ -540,6 +540,9 @@ def train(args):
         rows = torch.cat([shown.permute(0, 2, 3, 1), decoded])
         image_grid(rows, len(shown)).save(args.out / f"preview-{done}.png")
 
+    parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
+    batches = iter(make_loader(images, parts, args.workers, device))
+    generator = torch.Generator(device)
     signals = []
 
     def stop_after_step(number, frame):  # it may come at any time, so it touches no tensor
@@ -556,9 +559,6 @@ def train(args):
     if discriminator:
         say(f"discriminator from step {disc_start}, its loss from step {gan_start}" + (
             ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""))
-    parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
-    batches = iter(make_loader(images, parts, args.workers, device))
-    generator = torch.Generator(device)
     for step in tqdm(range(start, total), "training", total, initial=start, disable=rank > 0, dynamic_ncols=True):
         train_disc = discriminator is not None and step >= disc_start
         use_gan = discriminator is not None and step >= gan_start

@@ -433,6 +433,9 @@ def train(args):
         images = to_uint8(decoder(denormalize(x, stats))).cpu()  # (16, S, S, 3)
         image_grid(images, 8).save(args.out / f"preview-{done}.png")
 
+    parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
+    batches = iter(make_loader(images, parts, args.workers, device))
+    generator = torch.Generator(device)
     signals = []
 
     def stop_after_step(number, frame):  # it may come at any time, so it touches no tensor
@@ -447,9 +450,6 @@ def train(args):
         f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
         f"{steps_per_epoch:.4g} an epoch; from step {start}" + "; --init is not read again" * bool(args.init and start)
         + ("" if decoder else "; no previews"))
-    parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
-    batches = iter(make_loader(images, parts, args.workers, device))
-    generator = torch.Generator(device)
     for step in tqdm(range(start, total), "training", total, initial=start, disable=rank > 0, dynamic_ncols=True):
         lr = optimizer.param_groups[0]["lr"] = lr_at(step, args, steps_per_epoch)
         for micro in range(accumulate):

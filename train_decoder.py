@@ -540,6 +540,12 @@ def train(args):
         rows = torch.cat([shown.permute(0, 2, 3, 1), decoded])
         image_grid(rows, len(shown)).save(args.out / f"preview-{done}.png")
 
+    say(f"{args.model}, patch {model.patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
+        f"{steps_per_epoch:.4g} an epoch; from step {start}" + "; --init is not read again" * bool(args.init and start))
+    if discriminator:
+        say(f"discriminator from step {disc_start}, its loss from step {gan_start}" + (
+            ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""))
     parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
     batches = iter(make_loader(images, parts, args.workers, device))
     generator = torch.Generator(device)
@@ -552,13 +558,6 @@ def train(args):
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # nohup ignores SIGHUP
     handlers = {n: signal.signal(n, stop_after_step) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-
-    say(f"{args.model}, patch {model.patch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-        f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
-        f"{steps_per_epoch:.4g} an epoch; from step {start}" + "; --init is not read again" * bool(args.init and start))
-    if discriminator:
-        say(f"discriminator from step {disc_start}, its loss from step {gan_start}" + (
-            ": few images; a discriminator overfits on them, --gan 0 is safer" if gan_start < 1000 else ""))
     for step in tqdm(range(start, total), "training", total, initial=start, disable=rank > 0, dynamic_ncols=True):
         train_disc = discriminator is not None and step >= disc_start
         use_gan = discriminator is not None and step >= gan_start

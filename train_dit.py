@@ -433,6 +433,10 @@ def train(args):
         images = to_uint8(decoder(denormalize(x, stats))).cpu()  # (16, S, S, 3)
         image_grid(images, 8).save(args.out / f"preview-{done}.png")
 
+    say(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; time shift {shift:.2f}; "
+        f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
+        f"{steps_per_epoch:.4g} an epoch; from step {start}" + "; --init is not read again" * bool(args.init and start)
+        + ("" if decoder else "; no previews"))
     parts = training_batches(len(source), args.batch, micro_batch, range(start, total), args.seed, rank, world_size)
     batches = iter(make_loader(images, parts, args.workers, device))
     generator = torch.Generator(device)
@@ -445,11 +449,6 @@ def train(args):
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # nohup ignores SIGHUP
     handlers = {n: signal.signal(n, stop_after_step) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-
-    say(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; time shift {shift:.2f}; "
-        f"batch {args.batch} = {world_size} processes x {accumulate} x {micro_batch}; {total} steps, "
-        f"{steps_per_epoch:.4g} an epoch; from step {start}" + "; --init is not read again" * bool(args.init and start)
-        + ("" if decoder else "; no previews"))
     for step in tqdm(range(start, total), "training", total, initial=start, disable=rank > 0, dynamic_ncols=True):
         lr = optimizer.param_groups[0]["lr"] = lr_at(step, args, steps_per_epoch)
         for micro in range(accumulate):

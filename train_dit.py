@@ -48,7 +48,7 @@ RECIPE = [
     ("--qk-norm",       False,       False,         "RMSNorm on q and k, for bf16 training; the paper: without"),
     ("--unconditional", False,       False,         "train without labels"),
     ("--shift-base",    4096.0,      512.0,         "base of the time shift sqrt(C H W / base); --init keeps its own"),
-    ("--epochs",        80.0,        12.0,          "length of training; the paper: also 800 at 256 px"),
+    ("--epochs",        80.0,        11.0,          "length of training; the paper: also 800 at 256 px"),
     ("--batch",         1024,        32,            "images in a step, over all processes"),
     ("--lr",            2e-4,        3e-3,          "learning rate of AdamW, betas (0.9, 0.95), no weight decay"),
     ("--lr-end",        2e-5,        1e-4,          "learning rate from --decay-end on"),

@@ -630,3 +630,11 @@ def test_load_statistics_refuses_other_shapes(tmp_path, key, bad):
     np.savez(tmp_path / "stats.npz", **good | {key: bad})
     with pytest.raises(ValueError, match=f"{key} must be"):
         fid.load_statistics(tmp_path / "stats.npz")
+
+
+def test_a_folder_needs_no_flag_of_workers(tmp_path):
+    folder = make_images(tmp_path / "a", 5)
+    _, args = fid.parse_args([str(folder), "--save-stats", str(tmp_path / "x.npz"), "--batch", "3"])
+    images = fid.ImageSet(str(folder), "inception")
+    fid.check(args, [images])
+    assert args.workers is None and [len(batch) for batch in images.batches(args)] == [3, 2]

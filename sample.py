@@ -125,7 +125,7 @@ def parse_args(argv):
 
 
 def check_values(parser, args, above_zero):
-    """Refuse empty texts and numbers that are out of range: negative, infinite, 0 for the flags `above_zero`, ..."""
+    """Refuse empty texts and numbers out of range: negative or infinite ones, and 0 for the flags `above_zero`."""
     for name, value in vars(args).items():
         limit = {"ema": 1, "label_dropout": 1, "seed": 2**63}.get(name, math.inf)
         fits = not isinstance(value, (int, float)) or 0 <= value < limit or name.startswith("decay") and value > 0

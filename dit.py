@@ -2,12 +2,12 @@
 
 Paper: "Diffusion Transformers with Representation Autoencoders", arXiv 2510.11690, sections 4 and 5.
 
-Convention, everywhere: t = 0 is data, t = 1 is noise. x_t = (1 - t) x + t eps, and the model predicts the velocity
-v = dx_t / dt = eps - x. x are latents normalised by `normalize`, eps ~ N(0, I).
+Convention: t = 0 is data, t = 1 is noise. x_t = (1 - t) x + t eps, and the model predicts the velocity
+v = dx_t / dt = eps - x, for latents x normalised by `normalize` and eps ~ N(0, I).
 Notation: B batch, C latent (token) channels, H x W latent grid, N = H W tokens, D model width, d width of a head.
 
-Modules carry the names of the published checkpoints, so a state dict works here and in the authors' code alike.
-This file needs torch and numpy; for hf: paths huggingface_hub, for .safetensors files timm.
+Modules have the names of the published checkpoints, so state dicts load here and in the authors' code.
+Needs torch and numpy; for hf: paths huggingface_hub, for .safetensors files timm.
 """
 
 import math
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Trunk sizes; "-DH" adds the DDT head: 2 blocks, 2048 wide. Trainable parameters with C = 768 and 1000 classes, and the
+# Trunk sizes; "-DH" adds the DDT head: 2 blocks of width 2048. Trainable parameters with C = 768 and 1000 classes, and
 # published gFID-50k on ImageNet 256 of the DH models after 80 epochs (XL: 1.51 after 800, 1.13 with AutoGuidance).
 SIZES = {
     "DiT-S": dict(width=384, depth=12, heads=6),  # 33.6 M; with head 196.4 M, 6.07
@@ -29,7 +29,7 @@ SIZES = {
 }
 SIZES |= {name.replace("DiT", "DiT-DH"): size | dict(head_width=2048, head_depth=2, head_heads=16)
           for name, size in SIZES.items()}
-# For one small GPU or a laptop, and for the demo; not the paper's.
+# For one small GPU or a laptop, and for the demo; not in the paper.
 SIZES["DiT-DH-Ti"] = dict(width=192, depth=12, heads=3, head_width=768, head_depth=2, head_heads=12)  # 32.3 M
 SIZES["DiT-DH-tiny"] = dict(width=96, depth=2, heads=4, head_width=256, head_depth=1, head_heads=4)
 
@@ -38,7 +38,7 @@ SIZES["DiT-DH-tiny"] = dict(width=96, depth=2, heads=4, head_width=256, head_dep
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension, in float32 whatever the autocast dtype."""
+    """x / rms(x) * weight over the last dimension, computed in float32."""
 
     def __init__(self, dim):
         super().__init__(dim, eps=1e-6)
@@ -48,9 +48,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_2d(grid, d):
-    """Rotary positions of a grid x grid image: cosines and sines (2, N, d/2) of one angle for each pair of channels.
+    """Rotary position embedding of a grid x grid image: cosines and sines (2, N, d/2), one angle per pair of channels.
 
-    The first half of the pairs turns with the row, the second half with the column.
+    The angles of the first half of the pairs grow with the row, those of the second half with the column.
     """
     frequencies = 10000.0 ** (-torch.arange(0, d // 2, 2, dtype=torch.float64) / (d // 2))  # (d/4,)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # (grid, d/4)
@@ -60,23 +60,10 @@ def rope_2d(grid, d):
 
 
 def rotate(x, rope):
-    """Turn the interleaved channel pairs (2i, 2i + 1) of x (B, heads, N, d) by the angles of `rope_2d`."""
+    """Rotate the channel pairs (2i, 2i + 1) of x (B, heads, N, d) by the angles of `rope_2d`."""
     cos, sin = rope
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, N, d/2) each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
-
-
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for q, k, v (B, heads, N, d) -> (B, heads, N, d).
-
-    The fused kernel serves bfloat16 on CUDA and float32 on the CPU. The plain form serves the rest: in float32 on CUDA
-    the fused kernel has no flash form, and its other form splits each product in three for TF32; in bfloat16 the CPU's
-    fused kernel was slower where it was tried. On CUDA neither choice has been measured here. The plain form scales q,
-    because Inductor would turn a scaled q k^T back into the fused kernel.
-    """
-    if (q.device.type, q.dtype) in [("cuda", torch.bfloat16), ("cpu", torch.float32)]:
-        return F.scaled_dot_product_attention(q, k, v)
-    return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
 
 
 class Attention(nn.Module):
@@ -92,7 +79,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class SwiGLU(nn.Module):
@@ -108,9 +95,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block whose norms are shifted, scaled and gated by c (adaLN-zero).
+    """A transformer block, x (B, N, D) -> (B, N, D), modulated by c (adaLN-zero).
 
-    c is (B, 1, D) in the trunk: one vector for an image; (B, N, D) in the DDT head: one for each token.
+    c is (B, 1, D) in the trunk, one vector per image, and (B, N, D) in the DDT head, one per token.
     """
 
     def __init__(self, width, heads, qk_norm):
@@ -140,7 +127,7 @@ class FinalLayer(nn.Module):
 
 
 class LatentEmbedder(nn.Module):
-    """Patch size 1: one linear map for each token, (B, C, H, W) -> (B, N, D); published as a 1 x 1 convolution."""
+    """Patch size 1: a linear map of each token, (B, C, H, W) -> (B, N, D). Published as a 1 x 1 convolution."""
 
     def __init__(self, latent_dim, width):
         super().__init__()
@@ -153,7 +140,7 @@ class LatentEmbedder(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """t (B,) -> (B, D): 256 fixed Gaussian frequencies, then an MLP, in float32 whatever the autocast dtype."""
+    """Times t (B,) -> (B, D): 256 fixed Gaussian frequencies, then an MLP. Never in bf16, which is too coarse for t."""
 
     def __init__(self, width):
         super().__init__()
@@ -167,7 +154,7 @@ class TimeEmbedder(nn.Module):
 
 
 def sincos_2d(grid, width):
-    """MAE's fixed 2D positions (1, N, D): first half from the column, second half from the row, each [sin, cos]."""
+    """MAE's fixed 2D positions (1, N, D): the first half from the column, the second from the row, each [sin, cos]."""
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
     angles = [np.outer(position.ravel(), frequencies) for position in (column, row)]  # (N, D/4) each
@@ -176,15 +163,17 @@ def sincos_2d(grid, width):
 
 
 class DiT(nn.Module):
-    """The diffusion transformer (LightningDiT's blocks), with the paper's wide shallow DDT head where head_depth > 0.
+    """The diffusion transformer (LightningDiT's blocks); with head_depth > 0 DiT-DH, with the wide shallow DDT head.
 
-    Plain DiT: embed, `depth` blocks modulated by time and class, final layer. DiT-DH (section 5): the same blocks are
-    the trunk. The head, `head_depth` blocks of `head_width`, reads x_t and writes v; the trunk's output and the time
-    modulate it for each token. Theorem 1: what reads x_t and writes v must be at least C wide, or the sum of a token's
-    loss stays above the sum of the C - D smallest eigenvalues of Cov(eps - x), however deep the model is.
+    Plain DiT: embedding, `depth` blocks modulated by time and class, final layer. DiT-DH (section 5): these blocks are
+    the trunk. The head, `head_depth` blocks of width `head_width`, maps x_t to v; the trunk's output and the time
+    modulate each of its tokens. Theorem 1: the width D of the layers that map x_t to v must be at least C. Otherwise
+    the loss of a token, summed over its channels, stays above the sum of the C - D smallest eigenvalues of Cov(eps - x)
+    at any depth.
 
-    Args: latent_dim C; grid H = W; num_classes: classes besides the null class, 0 for an unconditional model;
-    qk_norm: RMSNorm on queries and keys, advised for bf16 training. Warns of a model that is narrower than its tokens.
+    Args: latent_dim C; grid H = W; num_classes: without the null class, 0 for an unconditional model; qk_norm: RMSNorm
+    on queries and keys, advised for bf16 training. Warns if the model is narrower than its tokens.
+    Set `checkpointing` to recompute the blocks in backward: less memory, about a third more time.
     """
 
     def __init__(self, latent_dim=768, grid=16, num_classes=1000, width=1152, depth=28, heads=16,
@@ -199,12 +188,12 @@ class DiT(nn.Module):
         self.latent_shape = (latent_dim, grid, grid)
         self.num_classes = self.null_class = num_classes
         self.depth, self.has_head = depth, head_depth > 0
-        self.checkpointing = False  # recompute the blocks in backward: less memory, about a third more time
+        self.checkpointing = False
 
         self.register_buffer("pos_embed", sincos_2d(grid, width), persistent=False)
         self.register_buffer("rope", rope_2d(grid, width // heads), persistent=False)
         self.t_embedder = TimeEmbedder(width)
-        # The last row of the class table is the null class, "no label".
+        # The last row of the class table is the null class.
         self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(num_classes + 1, width)))
         if self.has_head:
             self.s_embedder = LatentEmbedder(latent_dim, width)
@@ -217,14 +206,14 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """As in the released code. The latent embedders are Xavier-uniform in both kinds of model."""
+        """As in the released code. The latent embedders are Xavier-uniform, with and without head."""
         for module in self.modules():
             if isinstance(module, nn.Linear) and not self.has_head:  # a DiT-DH keeps torch's default
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for module in [self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]]:
             nn.init.normal_(module.weight, std=0.02)
-        # adaLN-zero: every block starts as the identity, and the model as v = 0.
+        # adaLN-zero: every block starts as the identity, the model as v = 0.
         modulations = [module.adaLN_modulation[1] for module in [*self.blocks, self.final_layer]]
         for module in [*modulations, self.final_layer.linear]:
             nn.init.zeros_(module.weight)
@@ -239,20 +228,20 @@ class DiT(nn.Module):
         return x
 
     def forward(self, x, t, y):
-        """Velocity v (B, C, H, W), float32 outside autocast, of x_t (B, C, H, W) at times t (B,) for labels y (B,).
+        """Velocity v (B, C, H, W) at x_t (B, C, H, W), times t (B,) and labels y (B,).
 
-        Raises ValueError for latents of another shape than (B, C, H, W) of this model.
+        Raises ValueError if the shape of x differs from this model's.
         """
         if x.shape[1:] != self.latent_shape:
-            raise ValueError(f"latents {tuple(x.shape)} are not (B, C, H, W) with this model's {self.latent_shape}")
+            raise ValueError(f"latents are {tuple(x.shape)}, this model needs (B, C, H, W) of {self.latent_shape}")
         t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
         y_emb = self.y_embedder.embedding_table(y)[:, None]  # (B, 1, D)
-        if self.has_head:  # section 5: the trunk turns x_t, t and y into s; the wide head turns x_t, t and s into v
-            c = F.silu(t_emb + y_emb)  # (B, 1, D); each adaLN applies its own SiLU too, as in the released code
+        if self.has_head:  # section 5: the trunk maps x_t, t and y to s, the head maps x_t, t and s to v
+            c = F.silu(t_emb + y_emb)  # (B, 1, D); every adaLN applies another SiLU, as in the released code
             s = self.s_embedder(x) + self.pos_embed  # (B, N, D)
             s = self.run_blocks(self.blocks[: self.depth], s, c, self.rope)  # (B, N, D)
-            c = self.s_projector(F.silu(t_emb + s))  # (B, N, D_head); modulates each token by itself
-            x = self.x_embedder(x).float()  # (B, N, D_head); the residual stream stays in float32
+            c = self.s_projector(F.silu(t_emb + s))  # (B, N, D_head), one vector per token
+            x = self.x_embedder(x).float()  # (B, N, D_head); the residual stream is float32 under autocast too
             x = self.run_blocks(self.blocks[self.depth :], x, c, self.head_rope)  # (B, N, D_head)
         else:
             c = t_emb + y_emb  # (B, 1, D)
@@ -263,82 +252,81 @@ class DiT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flow matching, in the order of a training step, and sampling. Training draws t = sigmoid(n), n ~ N(0, 1), for each
-# image (`draw` in train_dit.py) and then shifts it (section 4).
+# Flow matching and sampling. A training step normalises the latents, samples t = sigmoid(n) with n ~ N(0, 1) for each
+# image (`step_randomness` in train_dit.py), shifts t (section 4), and computes the loss.
 
 
 def normalize(z, stats):
-    """Encoder latents z (B, C, H, W) -> zero mean and unit variance for each element; stats: {"mean", "var"}."""
+    """Encoder latents z (B, C, H, W) -> mean 0 and variance 1 for each element. stats: {"mean", "var"}, (C, H, W)."""
     return (z - stats["mean"]) / (stats["var"] + 1e-5).sqrt()
 
 
 def denormalize(x, stats):
-    """The inverse of `normalize`: what the diffusion model draws -> what the decoder reads."""
+    """The inverse of `normalize`, from the diffusion model's latents to the decoder's."""
     return x * (stats["var"] + 1e-5).sqrt() + stats["mean"]
 
 
 def shift_strength(latent_shape, base=4096):
-    """Strength a >= 1 of the time shift: sqrt(C H W / base) (section 4). For C = 768: 6.93 at 256 px, 13.86 at 512."""
+    """Strength a >= 1 of the time shift: sqrt(C H W / base) (section 4). With C = 768: 6.93 at 256 px, 13.86 at 512."""
     return max(1.0, math.sqrt(math.prod(latent_shape) / base))
 
 
 def time_shift(t, a):
-    """t' = a t / (1 + (a - 1) t): moves times towards noise and keeps 0 and 1 (section 4)."""
+    """t' = a t / (1 + (a - 1) t): shifts times towards noise; 0 and 1 stay (section 4)."""
     return (a * t / (1 + (a - 1) * t)).clamp(max=1)  # float32 rounding may exceed 1
 
 
 def flow_matching_loss(model, x, y, t, noise):
-    """Mean squared error of the velocity, one value for each image (B,), float32 (section 2).
+    """Mean squared error of the velocity for each image (B,), float32 (section 2).
 
-    x, noise (B, C, H, W): normalised latents and N(0, I); y (B,): labels, some already dropped to the null class;
-    t (B,): times, already shifted.
+    x, noise (B, C, H, W): normalised latents and N(0, I). y (B,): labels, after label dropout. t (B,): shifted times.
     """
-    level = t[:, None, None, None]  # (B, 1, 1, 1)
-    x_t = (1 - level) * x + level * noise  # (B, C, H, W)
+    t_image = t[:, None, None, None]  # (B, 1, 1, 1)
+    x_t = (1 - t_image) * x + t_image * noise  # (B, C, H, W)
     v = model(x_t, t, y).float()  # (B, C, H, W)
     return (v - (noise - x)).square().mean((1, 2, 3))  # (B,)
 
 
 def guided(model, y, scale=1.0, guide=None, interval=(0.0, 1.0)):
-    """The velocity field v(x, t) that `sample` integrates: weak + scale (model - weak), for labels y (B,).
+    """The velocity field v(x, t) for `sample`: v_weak + scale (v - v_weak), with labels y (B,).
 
-    The weak field is `guide`, a smaller or less trained model (AutoGuidance, arXiv 2406.02507); or, without one, the
-    same model with the null class (classifier-free guidance). Outside the closed `interval` of t, and with scale 1, the
-    weak field is not evaluated. t is the shifted time, as the model gets it. The published numbers guide all of [0, 1].
+    v_weak comes from `guide`, a smaller or less trained model (AutoGuidance, arXiv 2406.02507), or without one from the
+    same model with the null class (classifier-free guidance). With scale 1, and for t outside the closed `interval`,
+    v_weak is not computed. t is shifted, as in training. The published numbers use the interval [0, 1].
     """
-    weak, weak_y = (guide, y) if guide is not None else (model, torch.full_like(y, model.null_class))
+    weak_model, weak_y = (guide, y) if guide is not None else (model, torch.full_like(y, model.null_class))
 
     def velocity(x, t):
         times = x.new_full((len(x),), t.item())  # (B,)
         v = model(x, times, y).float()  # (B, C, H, W)
         if scale == 1 or not interval[0] <= t <= interval[1]:
             return v
-        v_weak = weak(x, times, weak_y).float()  # (B, C, H, W)
+        v_weak = weak_model(x, times, weak_y).float()  # (B, C, H, W)
         return v_weak + scale * (v - v_weak)
 
     return velocity
 
 
 def sample_noise(seed, indices, shape):
-    """Starting noise (B, *shape) of the samples `indices`: that of sample i is a function of (seed, i) alone."""
+    """Initial noise (B, *shape) of the samples `indices`; that of sample i is a function of (seed, i) alone."""
     noise = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(noise))
 
 
 @torch.no_grad()
-def sample(velocity, noise, steps=50, shift=1.0, watch=None):
-    """Integrate dx/dt = velocity(x, t) from noise (t = 1) to data (t = 0) by Euler's method on steps + 1 shifted times.
+def sample(velocity, noise, steps=50, shift=1.0, estimates=None):
+    """Integrate dx/dt = velocity(x, t) from noise (t = 1) to data (t = 0): Euler's method on steps + 1 shifted times.
 
-    noise (B, C, H, W): N(0, I) -> normalised latents (B, C, H, W). `velocity` gets t as a 0-dimensional float32 tensor
-    on the CPU, so no step waits for the GPU. watch(step, estimate), where given, is called in each step from 0 to
-    steps - 1 with the estimate x_t - t v of the clean latents (B, C, H, W); the last one is the sample itself.
+    noise (B, C, H, W): N(0, I). Returns normalised latents (B, C, H, W). `velocity` gets t as a 0-dimensional tensor on
+    the CPU, so no step waits for the GPU. estimates: a list; each step appends its estimate x_t - t v of the clean
+    latents (B, C, H, W), of which the last is the sample.
     """
     times = time_shift(torch.linspace(1, 0, steps + 1), shift)  # (steps + 1,)
     x = noise
-    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
         v = velocity(x, t)  # (B, C, H, W)
-        if watch is not None:
-            watch(step, x - t.item() * v)
+        if estimates is not None:
+            estimates.append(x - t.item() * v)
         x = x + (t_next - t).item() * v
     return x
 
@@ -347,40 +335,59 @@ def sample(velocity, noise, steps=50, shift=1.0, watch=None):
 
 
 def read_checkpoint(path):
-    """Read a .pt or .safetensors file -> (what it holds, the state dict in it).
+    """Read a .pt or .safetensors file -> (the checkpoint, its state dict: the EMA weights, if there are any).
 
-    hf:OWNER/REPO/PATH is a file on the Hugging Face hub, fetched once into its cache. Of several state dicts the
-    average comes first. The prefixes that DDP and torch.compile put before every key are dropped.
+    hf:OWNER/REPO/PATH is a file on the Hugging Face hub, downloaded once. The prefixes of DDP and torch.compile are
+    removed from keys. Raises ValueError if the file cannot be read.
     """
-    if str(path).startswith("hf:"):
-        from huggingface_hub import hf_hub_download
+    try:
+        file = str(path)
+        if file.startswith("hf:"):
+            from huggingface_hub import hf_hub_download
 
-        if str(path).count("/") < 2:
-            raise ValueError("a file on the hub is hf:OWNER/REPO/PATH")
-        owner, repository, file_name = str(path).removeprefix("hf:").split("/", 2)
-        path = hf_hub_download(f"{owner}/{repository}", file_name)
-    if str(path).endswith(".safetensors"):
-        from timm.models import load_state_dict
+            owner, repository, name = file.removeprefix("hf:").split("/", 2)
+            file = hf_hub_download(f"{owner}/{repository}", name)
+        if file.endswith(".safetensors"):
+            from timm.models import load_state_dict
 
-        file = load_state_dict(str(path))
-    else:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    if "settings" in file:
-        raise ValueError("it is a last.pt: give the decoder.pt or dit.pt beside it")
-    state = next((file[key] for key in ("ema", "model", "state_dict") if isinstance(file.get(key), dict)), file)
-    for prefix in ("module.", "_orig_mod.", "module."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return file, state
+            checkpoint = load_state_dict(file)
+        else:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        states = [checkpoint[key] for key in ("ema", "model", "state_dict") if isinstance(checkpoint.get(key), dict)]
+    except Exception as error:  # damaged files and the hub's client raise many types
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:200]
+        raise ValueError(f"cannot read {path} ({reason}): give a checkpoint, or hf:OWNER/REPO/PATH") from None
+    state = states[0] if states else checkpoint
+    return checkpoint, {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state.items()}
+
+
+def load_weights(model, state, path):
+    """Load a state dict into a model. Raises ValueError if a value is not finite or not floating-point."""
+    for key, value in state.items():
+        if not (value.is_floating_point() and value.isfinite().all()):
+            raise ValueError(f"{path}: {key} ({value.dtype}) has values that are not finite or not floating-point")
+    model.load_state_dict(state)
+
+
+def check_stats(stats, shape, path):
+    """Raise ValueError if latent statistics {"mean", "var"} are not finite numbers of `shape` with variances >= 0."""
+    for key, value in stats.items():
+        if value.shape != tuple(shape) or not value.isfinite().all() or (stats["var"] < 0).any():
+            raise ValueError(f"{path}: the latent statistics, {key} of shape {tuple(value.shape)}, are not finite, "
+                             f"negative, or not of the model's shape {tuple(shape)}: give others with --stats")
 
 
 def config_from_state(state):
-    """The arguments of `DiT` for a published state dict. Shapes tell all but the head counts; those go by width."""
+    """The arguments of `DiT` for a published state dict.
+
+    Raises ValueError if a width is none of `SIZES`, which give the numbers of heads.
+    """
     heads = {size[f"{part}width"]: size[f"{part}heads"] for size in SIZES.values() for part in ("", "head_")
              if f"{part}width" in size}
     rows, width = state["y_embedder.embedding_table.weight"].shape
     head_width, latent_dim = state["x_embedder.proj.weight"].shape[:2]
     if not {width, head_width} <= heads.keys():
-        raise ValueError(f"no known size has blocks of widths {width} and {head_width}; known: {', '.join(SIZES)}")
+        raise ValueError(f"no known model has widths {width} and {head_width}: known are {', '.join(SIZES)}")
     blocks = [len(value) for key, value in state.items() if key.startswith("blocks.") and key.endswith(".norm1.weight")]
     config = dict(latent_dim=latent_dim, grid=round(state["pos_embed"].shape[1] ** 0.5), num_classes=rows - 1,
                   width=width, depth=blocks.count(width), heads=heads[width],
@@ -391,48 +398,44 @@ def config_from_state(state):
 
 
 def load_dit(path):
-    """Read a diffusion model: {"config": arguments of `DiT`, "model": weights, ...}, or a published stage-2 state dict.
+    """Read a dit.pt, {"config": arguments of `DiT`, "model": weights, ...}, or a published diffusion model.
 
-    path: a file, or hf:OWNER/REPO/PATH on the Hugging Face hub.
-    Returns (model on the CPU, in eval mode, without gradients; info). info has what else the file holds of "stats" (the
-    latent statistics {"mean", "var"}, (C, H, W) each), "encoder" (its name, image size, layers, pixel mean and std),
-    "shift" (a of the time shift), "label_dropout", "epoch" and "classes" (their names).
-    Raises ValueError, in one line, for a file that is missing, damaged or no diffusion model.
+    path: a file, or hf:OWNER/REPO/PATH.
+    Returns (model on the CPU, in eval mode, without gradients; info). info is the rest of the file: "stats" (the latent
+    statistics {"mean", "var"}, (C, H, W)), "encoder" (its name, image size, layers, pixel mean and std), "shift" (a of
+    the time shift), "label_dropout", "epoch", "classes" (their names).
+    Raises ValueError if the file cannot be read, contains no diffusion model, or has values that cannot be right.
     """
-    try:
-        file, state = read_checkpoint(path)
-        model = DiT(**config_from_state(state) if "pos_embed" in state else file["config"])
-        model.load_state_dict({k: v for k, v in state.items() if k != "pos_embed" and "feat_rope" not in k})
-        optional = ("stats", "encoder", "shift", "label_dropout", "epoch", "classes")
-        info = {key: file[key] for key in optional if key in file}
-        if not all(value.isfinite().all() for value in state.values()):
-            raise ValueError("it has values that are not finite")
-    except Exception as error:  # such files fail in many ways; the first sentence names the cause
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
-        raise ValueError(f"cannot load {path} as a diffusion model ({reason}): give a dit.pt of train_dit.py or a "
-                         "published stage2_model.pt") from None
+    checkpoint, state = read_checkpoint(path)
+    if "pos_embed" in state:
+        config = config_from_state(state)
+    elif checkpoint.get("kind") == "dit":
+        config = checkpoint["config"]
+    else:
+        raise ValueError(f"{path} is not a diffusion model: give a dit.pt of train_dit.py, or a published one")
+    model = DiT(**config)
+    load_weights(model, {k: v for k, v in state.items() if k != "pos_embed" and "feat_rope" not in k}, path)
+    optional = ("stats", "encoder", "shift", "label_dropout", "epoch", "classes")
+    info = {key: checkpoint[key] for key in optional if key in checkpoint}
+    check_stats(info.get("stats", {}), model.latent_shape, path)
+    if not 0 < info.get("shift", 1) < math.inf:
+        raise ValueError(f"{path}: the time shift {info['shift']} is not positive and finite")
     return model.eval().requires_grad_(False), info
 
 
 def load_stats(path, shape):
-    """Read latent statistics for latents of `shape` (C, H, W) -> {"mean", "var"}, (C, H, W) each.
+    """Read latent statistics of `shape` (C, H, W) -> {"mean", "var"}, (C, H, W) each.
 
-    path: a stat.pt, ours or published, whose mean may be None for 0; or the file of a diffusers decoder, which holds
-    the mean and sqrt(var + 1e-5); or either as hf:OWNER/REPO/PATH.
-    Raises ValueError, in one line, where there are none, or none that fit and make sense.
+    path: a stat.pt, ours or published (its mean may be None for 0), or a file of diffusers' autoencoder, which has mean
+    and sqrt(var + 1e-5); or hf:OWNER/REPO/PATH.
+    Raises ValueError if the file cannot be read or has no statistics of this shape.
     """
-    try:
-        file, _ = read_checkpoint(path)
-        if "_latents_std" in file:
-            file = {"mean": file["_latents_mean"], "var": (file["_latents_std"].square() - 1e-5).clamp(min=0)}
-        var = file["var"].float()
-        mean = torch.zeros_like(var) if file["mean"] is None else file["mean"].float()
-        if mean.shape != tuple(shape) or var.shape != tuple(shape):
-            raise ValueError(f"shape {tuple(var.shape)}, the model needs {tuple(shape)}")
-        if not (mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()):
-            raise ValueError("it has values that are not finite, or negative variances")
-    except Exception as error:  # what a damaged or foreign file raises differs between versions of torch
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
-        raise ValueError(f"--stats {path} holds no latent statistics for this model ({reason}): give a stat.pt, ours "
-                         "or published") from None
-    return {"mean": mean, "var": var}
+    stats, _ = read_checkpoint(path)
+    if "_latents_std" in stats:
+        stats = {"mean": stats["_latents_mean"], "var": (stats["_latents_std"].square() - 1e-5).clamp(min=0)}
+    if "var" not in stats:
+        raise ValueError(f"{path} contains no latent statistics: give a stat.pt, ours or published")
+    var = stats["var"].float()
+    stats = {"mean": torch.zeros_like(var) if stats["mean"] is None else stats["mean"].float(), "var": var}
+    check_stats(stats, shape, path)
+    return stats

@@ -1,15 +1,15 @@
-"""How fast is it here? Every hot path, as the README's Markdown table; JSON is appended to runs/bench.jsonl.
+"""Measure the speed of every hot path: print a Markdown table, and append JSON to runs/bench.jsonl.
 
-    python tests/bench.py                            # the published sizes; on a CPU with one image at a time
-    python tests/bench.py --only attention swiglu    # some parts
-    python tests/bench.py --quick                    # small sizes, under two minutes on two CPU cores
+    python tests/bench.py                         # the published sizes; on a CPU with one image at a time
+    python tests/bench.py --only encode swiglu    # some parts
+    python tests/bench.py --quick                 # small sizes, under two minutes on two CPU cores
 
-Weights are random, which are as fast as trained ones. Training steps are those of the real scripts, compiled on CUDA,
-with images that lie ready in memory (the part `loader` measures how fast files arrive). Peak: the fastest of large
-matrix products in the same precision. Its share counts the model's FLOPs alone, from shapes: two for each multiply-add
-of the matrix products, convolutions and attention of a forward (torch's FlopCounterMode). A training step takes three
-forwards of what trains, one of what is frozen, two of what is frozen and passes a gradient on; recomputation, AdamW,
-EMA, norms and the loss count nothing. A row that does not fit into the memory says so.
+Weights are random, which does not change the speed. Training steps are those of the scripts, compiled on CUDA, with
+images in memory (the part `loader` measures reading files). Peak: the fastest of large matrix products in the same
+precision. The share of peak counts the FLOPs of the models alone, from shapes: two for each multiply-add of the matrix
+products, convolutions and attention of a forward pass (torch's FlopCounterMode). A training step counts as three
+forward passes of trained networks, one of frozen ones, and two of frozen ones through which a gradient flows;
+recomputation, AdamW, EMA, norms and losses are not counted. If a row does not fit into memory, it says so.
 """
 
 import argparse
@@ -33,7 +33,6 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -52,18 +51,18 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 PUBLISHED = dict(
     encoder="dinov2-b", size=256, latents=(768, 16, 16), decoder="ViT-XL", lpips=1, fid_images=16, fid_rows=10000,
-    dits=["DiT-XL", "DiT-DH-S", "DiT-DH-B", "DiT-DH-L", "DiT-DH-XL"], drawn_by=("DiT-DH-XL", "DiT-DH-S"), files=500,
-    tokens=(256, 1024), swiglu=2048,
+    dits=["DiT-XL", "DiT-DH-S", "DiT-DH-B", "DiT-DH-L", "DiT-DH-XL"], models=("DiT-DH-XL", "DiT-DH-S"), files=500,
+    tokens=256, swiglu=2048,
 )
-SETTINGS = {  # batches: micro-batch, and micro-batches in a step; the GPU's are the recipe's, as one of 8 or 32 GPUs
+SETTINGS = {  # batches: micro-batch, and micro-batches in a step; on a GPU those of the recipes on 8 or 32 GPUs
     "cuda": PUBLISHED | dict(encoded=256, decoder_batch=(16, 4), dit_batch=(32, 4), micro_batches=(16, 32, 64),
-                             attended=32, saved_gb=17, drawn=64, steps=50, repeats=20),
+                             swiglu_batch=32, saved_gb=17, sampled=64, steps=50, repeats=20),
     "cpu": PUBLISHED | dict(encoded=4, decoder_batch=(1, 1), dit_batch=(1, 1), micro_batches=(1, 2),
-                            attended=1, saved_gb=0.5, drawn=1, steps=2, repeats=2),
+                            swiglu_batch=1, saved_gb=0.5, sampled=1, steps=2, repeats=2),
     "quick": dict(encoder="random-tiny", size=32, latents=(128, 4, 4), decoder="ViT-tiny", lpips=0, fid_images=2,
-                  fid_rows=1000, dits=["DiT-DH-tiny"], drawn_by=("DiT-DH-tiny", "DiT-DH-tiny"), files=100, tokens=(64,),
+                  fid_rows=1000, dits=["DiT-DH-tiny"], models=("DiT-DH-tiny", "DiT-DH-tiny"), files=100, tokens=64,
                   swiglu=128, encoded=100, decoder_batch=(2, 1), dit_batch=(32, 1),
-                  micro_batches=(1, 2), attended=1, saved_gb=0.02, drawn=100, steps=5, repeats=20),
+                  micro_batches=(1, 2), swiglu_batch=1, saved_gb=0.02, sampled=100, steps=5, repeats=20),
 }
 
 
@@ -77,7 +76,7 @@ def synchronize():
 
 
 def fitting(run):
-    """None where the GPU's memory is too small: the row says so, and the bench goes on."""
+    """Decorator: return None if the memory of the GPU is too small, so that the next rows are measured."""
 
     @functools.wraps(run)
     def attempt(*arguments):
@@ -89,7 +88,7 @@ def fitting(run):
 
 @fitting
 def seconds(run, repeats, *inputs):
-    """Wall time of run(*inputs), the mean of `repeats`, after one that warms up."""
+    """Wall time of run(*inputs), the mean of `repeats` calls after a first one."""
     run(*inputs)
     synchronize()
     began = time.perf_counter()
@@ -100,7 +99,7 @@ def seconds(run, repeats, *inputs):
 
 
 def enough_memory(model, bytes_per_parameter=20):
-    """Whether its weights, gradient, moving average and AdamW's two moments find room."""
+    """Whether the weights, the gradient, the EMA and AdamW's two moments fit into memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total = torch.cuda.get_device_properties(0).total_memory if CUDA else total
     return bytes_per_parameter * sum(p.numel() for p in model.parameters()) < 0.8 * total
@@ -111,8 +110,8 @@ def reset_peak_memory():
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    elif os.path.exists("/proc/self/clear_refs"):  # Linux: the peak of the resident set begins anew
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # gives back what earlier rows have freed
+    elif os.path.exists("/proc/self/clear_refs"):  # Linux: reset the peak of the resident set
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # return memory that earlier rows have freed
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -126,7 +125,7 @@ def peak_memory():
 
 
 def set_precision(precision):
-    """tf32 sets the matrix products as the scripts do; returns the autocast context."""
+    """Set the precision of matrix products as the scripts do -> the autocast context."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16")
@@ -141,14 +140,14 @@ def matmul_peak(precision, n):
 
 @torch.no_grad()
 def forward_flops(model, *inputs):
-    # by its definition: not every version of torch counts every attention kernel
+    # not every version of torch counts every attention kernel: use the plain one
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*(x.to(DEVICE) for x in inputs))
     return counter.get_total_flops()
 
 
 def empty(build):
-    """The model on the device with whatever the memory holds: enough to count, and quick to make."""
+    """The model on the device, without initialisation: enough to count FLOPs, and quick to build."""
     with torch.device("meta"):
         model = build()
     return model.to_empty(device=DEVICE)
@@ -170,7 +169,7 @@ def dit_flops(name, latents):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The scripts with random weights and ready images in the place of downloads and files
+# The scripts with random weights and images in memory instead of downloads and files
 
 
 def random_weights(module, *_):
@@ -195,12 +194,12 @@ def ready_batches(dataset, batches, workers, device):
 
 @contextlib.contextmanager
 def offline():
-    """The scripts' own code, but for what they would download, read and save."""
+    """Patch the scripts: no downloads, no image files, no checkpoints."""
     with contextlib.ExitStack() as stack:
         for place, name, new in (
             (encoder, "pretrained", not_pretrained),
             (fid, "pretrained", not_pretrained),
-            (fid, "load_weights", random_weights),
+            (fid, "load_url", random_weights),
             (train_decoder, "pretrained", not_pretrained),
             (train_decoder, "make_loader", ready_batches),
             (train_dit, "make_loader", ready_batches),
@@ -213,7 +212,7 @@ def offline():
 
 @fitting
 def step_seconds(script, s, precision, micro_batch, accumulate, steps, *flags):
-    """Seconds for each step of a training script, from its log: over its second interval of so many steps."""
+    """Seconds for each step of a training script, from its log: the mean over the second half of 2 * `steps` steps."""
     batch = micro_batch * accumulate
     flags = ["--data", "shapes", "--encoder", s["encoder"], "--size", s["size"], "--precision", precision, "--batch",
              batch, "--micro-batch", micro_batch, "--log-every", steps, "--epochs", 2 * steps * batch / 8000,
@@ -226,8 +225,8 @@ def step_seconds(script, s, precision, micro_batch, accumulate, steps, *flags):
 
 
 def decoder_row(s, precision, batch, gan):
-    """A step of stage 1. The generator's adversarial term: T + H forward and back to the pixels. The discriminator's:
-    a fresh reconstruction, T for a real and a fake image, H trained on both."""
+    """A step of stage 1. FLOPs of the decoder's GAN loss: T + H, forward and backward to the pixels; those of the
+    discriminator's step: another reconstruction, T for a real and a fake image, training of H on both."""
     images = torch.zeros(2, 1, 3, s["size"], s["size"])
     D = forward_flops(empty(lambda: make_decoder(s)), torch.zeros(1, *s["latents"]))
     flops = 3 * D + forward_flops(encoder.Encoder(s["encoder"], s["size"]).to(DEVICE), images[0])
@@ -260,7 +259,7 @@ def dit_row(s, precision, name, batch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The parts: each yields rows (what, images, seconds, FLOPs), each but the first perhaps None
+# The parts. Each yields rows (what, images, seconds, FLOPs), of which all but `what` may be None
 
 
 def encode(s, precision):
@@ -292,34 +291,13 @@ def micro_batches(s, precision):
         yield dit_row(s, precision, s["dits"][-1], (n, 1))
 
 
-def plain_attention(q, k, v):
-    return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
-
-
 def forward_and_backward(run, leaves, *inputs):
     torch.autograd.grad(run(*inputs).sum(), leaves)
 
 
-def attention(s, precision):
-    """Both forms of dit.attention, 16 heads; the one that it chooses is marked."""
-    B, heads, dtype = s["attended"], 16, torch.bfloat16 if precision == "bf16" else torch.float32
-    for N, d in [(N, d) for N in s["tokens"] for d in (72, 128)]:
-        qkv = [torch.randn(B, heads, N, d, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
-        with mock.patch.object(dit.F, "scaled_dot_product_attention") as fused:
-            dit.attention(*qkv)
-        chosen = "fused" if fused.called else "plain"
-        for name, form in (("fused", F.scaled_dot_product_attention), ("plain", plain_attention)):
-            what = f"attention, {N} tokens, head width {d}, {name}{' (chosen)' * (name == chosen)}"
-            form, flops = torch.compile(form, dynamic=False) if CUDA else form, 4 * B * heads * N * N * d
-            with torch.no_grad():
-                yield f"{what}, forward", B, seconds(form, s["repeats"], *qkv), flops
-            taken = seconds(forward_and_backward, s["repeats"], form, qkv, *qkv)
-            yield f"{what}, forward and backward", B, taken, 3 * flops
-
-
 def swiglu(s, precision):
-    """The MLP of the head's width as it is, 5461 hidden channels, and padded to a multiple of 8."""
-    width, B, N = s["swiglu"], s["attended"], s["tokens"][0]
+    """The MLP of the DDT head, with 5461 hidden channels, and padded to a multiple of 8."""
+    width, B, N = s["swiglu"], s["swiglu_batch"], s["tokens"]
     hidden = dit.SwiGLU(width).w3.in_features
     x = torch.randn(B, N, width, device=DEVICE, requires_grad=True)
     for padded in (hidden, -(-hidden // 8) * 8):
@@ -337,18 +315,18 @@ def swiglu(s, precision):
 
 @torch.no_grad()
 def sampling(s, precision):
-    (strong_name, weak_name), latents, steps, n = s["drawn_by"], s["latents"], s["steps"], s["drawn"]
-    S, W = (dit_flops(name, latents) for name in s["drawn_by"])
-    strong, weak = (make_dit(name, latents).to(DEVICE).eval() for name in s["drawn_by"])
+    (strong_name, weak_name), latents, steps, n = s["models"], s["latents"], s["steps"], s["sampled"]
+    S, W = (dit_flops(name, latents) for name in s["models"])
+    strong, weak = (make_dit(name, latents).to(DEVICE).eval() for name in s["models"])
     for model in (strong, weak):
-        random_weights(model)  # adaLN-zero's zeros would leave nothing to guide
+        random_weights(model)  # not adaLN-zero's zeros, for which both velocities are 0
     pixels = make_decoder(s).to(DEVICE).eval()
     D = forward_flops(pixels, torch.zeros(1, *latents))
     noise = torch.randn(n, *latents, device=DEVICE)
     y, shift = torch.arange(n, device=DEVICE) % 1000, dit.shift_strength(latents)
     inside = sum(0.1 <= t <= 0.9 for t in dit.time_shift(torch.linspace(1, 0, steps + 1), shift)[:-1].tolist())
 
-    def draw(velocity):
+    def generate(velocity):
         pixels(dit.sample(velocity, noise, steps, shift))
 
     for kind in ("eager", "compiled") if CUDA else ("eager",):
@@ -361,7 +339,7 @@ def sampling(s, precision):
             (f"AutoGuidance by {weak_name}", dit.guided(strong, y, 1.42, weak), steps * (S + W)),
         ):
             what = f"sample, {strong_name}, {steps} steps, {what}, {kind}"
-            yield what, n, seconds(draw, 1, velocity), n * (flops + D)
+            yield what, n, seconds(generate, 1, velocity), n * (flops + D)
 
 
 @torch.no_grad()
@@ -385,7 +363,7 @@ def evaluation(s, precision):
 
 
 def saving(s, precision):
-    """A dictionary of the size of DiT-DH-XL's last.pt, to the disk of the current folder."""
+    """A file of the size of DiT-DH-XL's last.pt, on the disk of the current folder."""
     tensors = {str(i): torch.ones(2**20 + i, device=DEVICE) for i in range(int(s["saved_gb"] * 1e9 / 2**22))}
     for name, what in (("last.pt", "without CRC32, as last.pt"), ("dit.pt", "with CRC32, as dit.pt")):
         with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -422,7 +400,7 @@ def overlap_worker(rank, s, precision, port, queue):
 
 
 def overlap(s, precision):
-    """How much of the gradients' all-reduce between two GPUs hides behind the backward."""
+    """The part of the gradients' all-reduce between two GPUs that overlaps with the backward pass."""
     what, B = f"DDP, {s['dits'][-1]}", s["dit_batch"][0]
     if torch.cuda.device_count() < 2:
         yield f"{what}: needs two GPUs", None, None, None
@@ -431,8 +409,8 @@ def overlap(s, precision):
     torch.multiprocessing.spawn(overlap_worker, (s, precision, 20000 + os.getpid() % 20000, queue), nprocs=2)
     alone, together, reduce = queue.get()
     yield f"{what}, forward and backward on each of two GPUs", 2 * B, alone, None
-    hidden = f", {1 - (together - alone) / reduce:.0%} of it hidden"
-    yield f"{what}, the same with all-reduce{hidden}", 2 * B, together, None
+    overlapped = f"{1 - (together - alone) / reduce:.0%} of it overlapped"
+    yield f"{what}, the same with all-reduce, {overlapped}", 2 * B, together, None
     yield f"{what}, all-reduce alone", None, reduce, None
 
 
@@ -444,7 +422,7 @@ def loading(s, precision):
         for i in range(s["files"]):
             (Path(folder) / str(i % 10)).mkdir(exist_ok=True)
             smooth = Image.fromarray(rng.integers(256, size=(24, 32, 3), dtype=np.uint8)).resize((500, 375))
-            grain = np.asarray(smooth) + rng.normal(0, 8, (375, 500, 3))  # as many bytes as a photograph
+            grain = np.asarray(smooth) + rng.normal(0, 8, (375, 500, 3))  # as large a file as a photograph's
             Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i % 10}/{i}.jpg", quality=90)
         source, steps = encoder.ImageFolder(folder), range(4 * s["files"] // 20)
         for stage, transform in (("stage 1", lambda image, rng: encoder.random_crop(image, 384, 256, rng)),
@@ -459,15 +437,15 @@ def loading(s, precision):
 
 
 PARTS = {"encode": encode, "decoder": decoder_steps, "dit": dit_steps, "micro-batch": micro_batches,
-         "attention": attention, "swiglu": swiglu, "sample": sampling, "fid": evaluation, "save": saving,
-         "all-reduce": overlap, "loader": loading}
+         "swiglu": swiglu, "sample": sampling, "fid": evaluation, "save": saving, "all-reduce": overlap,
+         "loader": loading}
 ONCE = ("fid", "save", "loader")  # in one precision
 
 
 def measure(part, s, precision, peak):
-    """The rows of a part, as dictionaries."""
+    """Yield the rows of a part, as dictionaries."""
     reset_peak_memory()
-    with offline() if part != "loader" else contextlib.nullcontext(), set_precision(precision):
+    with contextlib.nullcontext() if part in ("save", "loader") else offline(), set_precision(precision):
         for what, images, taken, flops in PARTS[part](s, precision):
             if images and taken is None:
                 what += ": out of memory"

@@ -1,26 +1,25 @@
-"""The paper's findings in miniature: does this code show them? (Paper: arXiv 2510.11690, section 4)
+"""The paper's findings in miniature: are they reproduced with this code? (Paper: arXiv 2510.11690, section 4)
 
-    python tests/claims.py            # about 20 minutes on two CPU cores: prints the tables, draws .github/claims.png
+    python tests/claims.py            # about 20 minutes on two CPU cores: prints the tables, plots .github/claims.png
     python tests/claims.py --quick    # seconds, for a test; its numbers mean nothing
 
 1. Theorem 1: a diffusion model narrower than its tokens cannot even overfit one image; its loss stays above
-   1 - width / C, at any depth. Section 5: a wide DDT head on the same narrow trunk lifts that.
+   1 - width / C, at any depth. Section 5: a wide DDT head on the same narrow trunk removes this limit.
 2. The time shift: without it, models of high-dimensional latents are worse.
-3. Noise-augmented decoding: a decoder that has seen noisy latents reconstructs a little worse, and draws better images
-   from generated latents.
+3. Noise-augmented decoding: a decoder trained on noisy latents reconstructs a little worse, and decodes the samples of
+   a diffusion model better.
 
-The set-up is the demo's: drawn shapes, a frozen encoder with random weights (std of its latents over images: 0.57; so
-tau is in units of about that), the real classes and the real training scripts. Samples and reconstructions are judged
-by the CNN of demo_check.py: Frechet distance in its features, and the share of samples in the requested class. Samples
-are unguided.
+The set-up is the demo's: shapes, a frozen encoder with random weights (the std of its latents over images is 0.57, so
+tau is in units of about that), the real classes and the real training scripts. Samples, without guidance, and
+reconstructions are judged by the CNN of demo_check.py: by the Frechet distance of its features, and for samples by the
+share in the requested class.
 
-Every number is the mean over seeds, with the least and the largest. THE RULE: two settings differ only where their
-ranges do not overlap, each seed of one being better than all seeds of the other; otherwise the finding is "not shown".
-Pilot runs of seed 0 chose the lengths of training (the diffusion model had learned nothing after two epochs); the seeds
-reported are others.
+Every number is the mean over seeds, with the least and the largest. THE RULE: two settings differ only if their ranges
+do not overlap, so that each seed of one is better than all seeds of the other; otherwise the finding is "not shown".
+The lengths of training were chosen in pilot runs of seed 0 (after two epochs the diffusion model had learned nothing);
+the seeds in the tables are others.
 
-Each run is of one thread, so results do not depend on --jobs. Tables in Markdown go to stdout, claims.png to --out,
-where it replaces an older one.
+Each run uses one thread, so results do not depend on --jobs. Tables are printed in Markdown, claims.png goes to --out.
 """
 
 import argparse
@@ -40,7 +39,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from demo_check import draw_samples, draw_shapes, frechet, train_cnn
+from demo_check import draw_shapes, frechet, sample_images, train_cnn
 
 import train_decoder
 import train_dit
@@ -58,7 +57,7 @@ QUICK = dict(
     seeds=(1,), widths=(48,), depths=(), overfit=(120, 8), strengths=(1, 2), dit_epochs=0.02, taus=(0, 0.1),
     decoder_epochs=0.02, images=100, samples=20, judge_images=200, judge_steps=10,
 )
-DEPTH, HEAD = 2, 112  # of finding 1: depth where it is the width that varies; width of the DDT head
+DEPTH, HEAD = 2, 112  # of finding 1: the depth for all widths; the width of the DDT head
 DEMO_SHIFT, DEMO_TAU = 2, 0.1
 # The paper's numbers. Loss of one image by width / C (C = 768, depth 12), and at width C / 2 for depths 4 to 24.
 PAPER_LOSS = {1 / 2: 0.52, 2 / 3: 0.35, 5 / 6: 0.19, 1: 0.02, 7 / 6: 0.00}
@@ -67,9 +66,9 @@ PAPER_TAU = {0: ("0.49", "4.81"), 0.8: ("0.57", "4.28")}  # rFID of the ViT-XL d
 
 
 def overfit(width, depth, head, seed, steps, batch):
-    """Finding 1: a DiT fits `batch` copies of one image's latent, each at a time and noise of its own -> its loss.
+    """Finding 1: train a DiT on one image's latent, `batch` times per step with other t and noise -> its final loss.
 
-    For one image Cov(eps - x) is the identity, so Theorem 1 bounds the loss of each element by 1 - width / C.
+    For one image Cov(eps - x) is the identity, so by Theorem 1 the loss is at least 1 - width / C.
     head: width of a DDT head of one block, 0 for none.
     """
     torch.manual_seed(seed)
@@ -80,7 +79,7 @@ def overfit(width, depth, head, seed, steps, batch):
     model = DiT(TOKEN, encoder.grid, 0, width, depth, heads=4, **size)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = argparse.Namespace(lr=3e-3, lr_end=0.0, warmup=0.1 * steps, decay_start=steps / 2, decay_end=steps,
-                                  epochs=steps)  # of one step each
+                                  epochs=steps)  # an epoch has one step
 
     def loss(n):
         t = time_shift(torch.randn(n).sigmoid(), DEMO_SHIFT)
@@ -98,7 +97,7 @@ def overfit(width, depth, head, seed, steps, batch):
 
 
 def train(stage, out, *flags):
-    """Findings 2 and 3: a stage of the demo, by its real script, silently."""
+    """Findings 2 and 3: train a stage of the demo with its real script, without output."""
     script = {"decoder": train_decoder, "dit": train_dit}[stage]
     argv = ["--preset", "demo", "--out", out, "--device", "cpu", "--preview-every", 0, *flags]
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
@@ -106,7 +105,7 @@ def train(stage, out, *flags):
 
 
 def generate(folder, decoder_folders, count, seed):
-    """Unguided samples of a diffusion model, the same latents through each decoder -> float (n, 3, S, S) for each."""
+    """Unguided samples of a diffusion model, decoded by each decoder -> [float (n, 3, S, S), ...]."""
     model, info = load_dit(folder / "dit.pt")
     several = [load_decoder(path / "decoder.pt")[0] for path in decoder_folders]
 
@@ -114,7 +113,7 @@ def generate(folder, decoder_folders, count, seed):
         return torch.cat([decoder(z) for decoder in several], 1)  # (n, 3 for each decoder, S, S)
 
     labels = torch.arange(count) % model.num_classes
-    return [part.numpy() for part in draw_samples(model, together, info, labels, 1.0, 25, seed).split(3, 1)]
+    return [part.numpy() for part in sample_images(model, together, info, labels, 1.0, 25, seed).split(3, 1)]
 
 
 def run(what, tasks, jobs):
@@ -127,7 +126,7 @@ def run(what, tasks, jobs):
         with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
             futures = [pool.submit(*task) for task in tasks]
             for future in as_completed(futures):
-                future.result()  # a failure ends here
+                future.result()  # raises the error of a run
                 bar.update()
         results = [future.result() for future in futures]
     bar.close()
@@ -140,7 +139,7 @@ def spread(values, digits=2):
 
 
 def compare(values, baseline):
-    """The rule, for numbers of which lower is better."""
+    """The rule, for numbers that are better if they are lower."""
     if max(values) < min(baseline):
         return "better"
     return "worse" if min(values) > max(baseline) else "not shown"
@@ -158,8 +157,8 @@ def judge(cnn, real, images, labels):
 
 
 def measure(plan, work, jobs):
-    """All runs. Returns losses {(width, depth, head): [seeds]}; numbers {shift: [seeds]} and {tau: [seeds]} as arrays
-    of rows (Frechet distance of samples, their share in class) and (PSNR of reconstructions, their Frechet distance,
+    """All runs -> losses {(width, depth, head): [seeds]}; {shift: array} and {tau: array}, one column per seed, with
+    the rows (Frechet distance of samples, their share in class) and (PSNR of reconstructions, their Frechet distance,
     that of samples, their share in class); the Frechet distance of as many real images."""
     seeds, epochs = plan["seeds"], plan["dit_epochs"]
     narrow = TOKEN // 2
@@ -170,22 +169,17 @@ def measure(plan, work, jobs):
     schedule = ["--epochs", epochs, "--warmup", epochs / 10]
     tasks = [  # the latents have 128 x 4 x 4 elements, and a = sqrt(elements / base)
         (train, "dit", out, "--seed", seed, "--shift-base", 2048 / a**2, *schedule, "--ema", 0.99, "--stats-images",
-         plan["images"]) for (a, seed), out in dits.items()
-    ]
-    tasks += [
-        (train, "decoder", out, "--seed", seed, "--tau", tau, "--epochs", plan["decoder_epochs"])
-        for (tau, seed), out in several.items()
-    ]
+         plan["images"]) for (a, seed), out in dits.items()]
+    tasks += [(train, "decoder", out, "--seed", seed, "--tau", tau, "--epochs", plan["decoder_epochs"])
+              for (tau, seed), out in several.items()]
     tasks += [(overfit, *model, seed, *plan["overfit"]) for model in models for seed in seeds]
     results = run("training", tasks, jobs)[len(dits) + len(several) :]
     losses = {model: results[i * len(seeds) : (i + 1) * len(seeds)] for i, model in enumerate(models)}
 
-    # Samples: of each shift through the demo's decoder, of the demo's shift through each decoder, of the same seed.
+    # Samples: of each shift with the demo's decoder, of the demo's shift with each decoder, of the same seed.
     wanted = {(a, seed): plan["taus"] if a == DEMO_SHIFT else [DEMO_TAU] for a, seed in dits}
-    tasks = [
-        (generate, dits[a, seed], [several[tau, seed] for tau in taus], plan["samples"], seed)
-        for (a, seed), taus in wanted.items()
-    ]
+    tasks = [(generate, dits[a, seed], [several[tau, seed] for tau in taus], plan["samples"], seed)
+             for (a, seed), taus in wanted.items()]
     samples = {}
     for ((a, seed), taus), images in zip(wanted.items(), run("sampling", tasks, jobs), strict=True):
         samples |= {(a, tau, seed): part for tau, part in zip(taus, images, strict=True)}
@@ -208,7 +202,7 @@ def measure(plan, work, jobs):
 
 
 def report(losses, shifts, taus, floor):
-    """The three tables; the verdicts follow the rule."""
+    """Print the three tables, with the verdicts by the rule."""
     rows, least = [], min(1 - width / TOKEN for width, _, _ in losses if width < TOKEN)
     for (width, depth, head), values in losses.items():
         bound, trunk_bound = max(0, 1 - (head or width) / TOKEN), 1 - width / TOKEN
@@ -228,9 +222,8 @@ def report(losses, shifts, taus, floor):
     for a, (distance, share) in shifts.items():
         verdict = compare(distance, shifts[1][0]) if a != 1 else ""
         rows.append((a, PAPER_SHIFT.get(a, ""), spread(distance, 1), spread(100 * share, 1), verdict))
-    table(
-        "2. The time shift", ["shift", "paper: gFID", "here: Frechet distance", "% in class", "against shift 1"], rows
-    )
+    table("2. The time shift", ["shift", "paper: gFID", "here: Frechet distance", "% in class", "against shift 1"],
+          rows)
 
     rows = []
     for tau, (psnr, recon, distance, share) in taus.items():
@@ -243,8 +236,8 @@ def report(losses, shifts, taus, floor):
     print(f"\nFrechet distance of as many real images: {floor:.2f}", flush=True)
 
 
-def draw(path, losses, shifts, taus):
-    """One figure of three panels, on white for light and dark pages. Dots are means, bars the range of the seeds."""
+def plot(path, losses, shifts, taus):
+    """A figure of three panels, on white for light and dark pages. Dots are means, bars the ranges of the seeds."""
     figure = Figure(figsize=(13, 4.4), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(wspace=0.06)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
@@ -264,7 +257,7 @@ def draw(path, losses, shifts, taus):
             left.annotate(f"with a wide head, {HEAD / TOKEN:.2f} C", (width / TOKEN, mean), (10, 5),
                           textcoords="offset points", color="tab:green", fontsize=10)
         else:
-            deep = depth != DEPTH  # around the one of usual depth
+            deep = depth != DEPTH
             points(left, width / TOKEN, values, "tab:orange" if deep else "tab:blue", "D" if deep else "o",
                    mfc="none" if deep else None, markersize=6 + depth * deep)
     if any(depth != DEPTH for _, depth, _ in losses):
@@ -297,7 +290,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path(".github"), help="folder for claims.png")
-    parser.add_argument("--runs", type=Path, help="keep the trained models here, and use those that are already there")
+    parser.add_argument("--runs", type=Path, help="folder to keep the trained models in, and to load those that it has")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: the cores; 1 with --quick)")
     args = parser.parse_args(argv)
     jobs, start = args.jobs or (1 if args.quick else os.cpu_count()), time.perf_counter()
@@ -307,7 +300,7 @@ def main(argv=None):
     report(*results)
     args.out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        draw(args.out / "claims.png", *results[:3])
+        plot(args.out / "claims.png", *results[:3])
     minutes = (time.perf_counter() - start) / 60
     print(f"\n{args.out / 'claims.png'}; {minutes:.1f} minutes, {jobs} runs at a time, torch {torch.__version__}")
 

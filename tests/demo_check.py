@@ -1,10 +1,10 @@
-"""Are the demo's samples what was asked for? A slow check (about two minutes), run by hand after the demo command:
+"""Are the demo's samples of the requested classes? A check of about two minutes, to run by hand after the demo:
 
     python tests/demo_check.py [--runs runs/demo]
 
-Trains a small CNN on `shapes` of another seed than the demo's, draws samples from the checkpoints, and prints which
-share of them the CNN puts in the requested class, and the Frechet distance of its penultimate features to real images:
-class accuracy alone would reward a model that always draws the same. Exit code 1 if a share is below its bar.
+Trains a small CNN on `shapes` of another seed than the demo's, samples from the checkpoints, and prints the share of
+samples that the CNN classifies as requested, and the Frechet distance of its features to those of real images: the
+share alone would be high for a model with only one image per class. Exit code 1 if a share is below its bar.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BARS = {"CNN": 0.98, "guided": 0.98, "unguided": 0.95}
 
 
 def draw_shapes(seed, count, size):
-    """Real images as stage 2 sees them, half of them mirrored: (count, 3, S, S) in [0, 1], labels (count,)."""
+    """Images for stage 2, half of them mirrored -> (count, 3, S, S) in [0, 1], labels (count,)."""
     source = Shapes(count, size, seed)
     items = [source.open(i) for i in range(count)]
     rng = np.random.default_rng(seed)
@@ -35,7 +35,7 @@ def draw_shapes(seed, count, size):
 
 
 class CNN(nn.Module):
-    """Images (B, 3, S, S) in [0, 1] -> logits (B, classes), features (B, 64). It looks at 32 x 32 pixels."""
+    """Images (B, 3, S, S) in [0, 1], resized to 32 x 32 -> logits (B, classes), features (B, 64)."""
 
     def __init__(self, classes):
         super().__init__()
@@ -66,8 +66,8 @@ def train_cnn(images, labels, classes, steps=600, batch=64):
     return cnn.eval().requires_grad_(False)
 
 
-def draw_samples(model, decoder, info, labels, scale, steps, seed, batch=100):
-    """Samples (n, 3, S, S) of the labels (n,), 8-bit as sample.py writes them, in [0, 1]."""
+def sample_images(model, decoder, info, labels, scale, steps, seed, batch=100):
+    """Samples of the labels (n,), in 8 bits as from sample.py -> (n, 3, S, S) in [0, 1]."""
     shape, images = info["stats"]["mean"].shape, []
     for index in torch.arange(len(labels)).split(batch):
         velocity = guided(model, labels[index], scale)
@@ -84,7 +84,7 @@ def frechet(a, b):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/demo"), help="the folder that the demo wrote")
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo"), help="output folder of the demo")
     parser.add_argument("--num", type=int, default=1000, help="samples with, and as many without guidance")
     parser.add_argument("--scale", type=float, default=1.5, help="guidance scale of the guided samples")
     parser.add_argument("--steps", type=int, default=25, help="steps of the sampler")
@@ -105,15 +105,13 @@ def main(argv=None):
     print(f"real against other real images: Frechet distance {frechet(real[:1000], real[1000:]):.2f}", flush=True)
     labels = torch.arange(args.num) % len(classes)
     for name, scale in (("unguided", 1.0), ("guided", args.scale)):
-        logits, features = cnn(draw_samples(model, decoder, info, labels, scale, args.steps, args.seed))
+        logits, features = cnn(sample_images(model, decoder, info, labels, scale, args.steps, args.seed))
         right = (logits.argmax(1) == labels).float()
         shares[name] = right.mean().item()
         worst = min(range(len(classes)), key=lambda label: right[labels == label].mean())
-        print(
-            f"samples, {name} (scale {scale:g}): {shares[name]:.1%} in their class (bar {BARS[name]:.0%}; least "
-            f"{classes[worst]} {right[labels == worst].mean():.0%}), Frechet distance {frechet(features, real):.2f}",
-            flush=True,
-        )
+        print(f"samples, {name} (scale {scale:g}): {shares[name]:.1%} in their class (bar {BARS[name]:.0%}; least "
+              f"{classes[worst]} {right[labels == worst].mean():.0%}), Frechet distance {frechet(features, real):.2f}",
+              flush=True)
     failed = [name for name, bar in BARS.items() if shares[name] < bar]
     print(f"below the bar: {', '.join(failed)}" if failed else "all above their bars")
     return 1 if failed else 0

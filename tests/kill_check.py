@@ -1,11 +1,11 @@
-"""Does training survive SIGKILL? Both stages in small, about two minutes, run by hand:
+"""Resume training after SIGKILL: both stages at small scale, about two minutes, run by hand:
 
     python tests/kill_check.py [--kills 20] [--seed 0]
 
-Each stage is trained undisturbed, and once more while it is killed again and again and resumed by the same command: at
-random moments, two kills of three while a checkpoint is being written. After each kill, every checkpoint on the disk
-must load; at the end all files must hold, bit for bit, what the undisturbed run has left. Prints a line for each kill;
-exit code 1 if anything was lost, or if no kill fell into a write. tests/test_faults.py does the same with three kills.
+Each stage is trained without interruption, and again with kills at random moments, two of three of them while a
+checkpoint is being written; after each kill the same command resumes. After each kill all checkpoints must load; at the
+end all files must equal those of the uninterrupted run, bit for bit. Prints a line for each kill; exit code 1 if this
+fails, or if no kill was during a write. tests/test_faults.py does the same with three kills.
 """
 
 import argparse
@@ -29,23 +29,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decoder as decoders
 import dit
 
-if __name__ != "__mp_main__":  # the runs, which import this file too, need nothing of it
+if __name__ != "__mp_main__":  # not in the runs, which import this file too
     from conftest import TINY_DINO, flat, make_images, save_tiny_dino
 
 TESTS = Path(__file__).resolve().parent
-# Runs are forked from a process that has imported the scripts: that takes seconds, which each run would need again.
+# Runs are forked from a process that has imported the scripts, which takes seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train_decoder", "train_dit"])
 BATCH = {"train_decoder": 4, "train_dit": 8}
 IMAGES = 20
-TIMING = ("images_per_s", "/log_bytes")  # in what runs differ: a column of log.csv and the length that it makes
+TIMING = ("images_per_s", "/log_bytes")  # these differ: a column of log.csv, and its size
 
 
 def prepare(folder, steps):
-    """Images in two classes and a small DINO; returns {script: its arguments but --out} for a run of so many steps.
+    """Make images of two classes and a small DINO -> {script: its arguments without --out} for a run of `steps` steps.
 
-    A checkpoint and a row of the log in every step; two loader processes; latents of two layers; the discriminator is
-    at work from step 2 on.
+    A checkpoint and a row of the log at every step; two loader processes; latents of two layers; a discriminator from
+    step 2 on.
     """
     make_images(folder / "images", IMAGES, classes="ab")
     save_tiny_dino(folder / "dino.pt")
@@ -61,24 +61,24 @@ def prepare(folder, steps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A run in a process of its own
+# A run in another process
 
 
 def script_main(script, argv, terminal, alive, environment, tiny_dino):
-    """What the process does: the script's main(), its terminal a file. It and its loader's processes hold `alive`."""
-    os.setsid()  # a process group, as the shell gives to a command
+    """Run main() of a script, with its output in a file. It and its loader processes keep the connection `alive`."""
+    os.setsid()  # a process group, as for a command in a shell
     os.environ.update(environment)
     with open(terminal, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    multiprocessing.set_start_method(None, force=True)  # the platform's own, as for a command
+    multiprocessing.set_start_method(None, force=True)  # the platform's default, as for a command
     torch.set_num_threads(1)
     importlib.import_module("train_decoder").DINO.update(tiny_dino)
     importlib.import_module(script).main(argv)
 
 
 def start_server():
-    """The process that runs are forked from, if it is not there yet; it needs to find the scripts."""
+    """Start the process that runs are forked from, once; it must be able to import the scripts."""
     environment = dict(os.environ)
     os.environ |= {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
     multiprocessing.forkserver.ensure_running()
@@ -87,7 +87,7 @@ def start_server():
 
 
 def start(script, argv, out, **environment):
-    """The running process, and a connection that ends when it and all of its children are gone."""
+    """The running process, and a connection that ends when it and all of its children have exited."""
     start_server()
     gone, alive = PROCESSES.Pipe(duplex=False)
     argv = [*map(str, argv), "--out", str(out)]
@@ -98,7 +98,7 @@ def start(script, argv, out, **environment):
 
 
 def at_step(patch, step, action):
-    """In this process: call action() where this step, counted from 0, begins. A signal stops the run after it."""
+    """In this process: call action() at the start of this step, counted from 0. A signal stops the run after it."""
 
     class Bar(tqdm):
         def __iter__(self):
@@ -112,12 +112,12 @@ def at_step(patch, step, action):
 
 
 def terminal(out):
-    """What all runs into this folder have printed."""
+    """The output of all runs in this folder."""
     return Path(f"{out}.txt").read_text()
 
 
 def logged(out):
-    """The last step in log.csv, which has a row for each."""
+    """The last step in log.csv, which has a row for each step."""
     path = out / "log.csv"
     return max(path.read_text().count("\n") - 1, 0) if path.exists() else 0
 
@@ -126,18 +126,18 @@ def partial(out):
     """Checkpoints that are being written, or were when the run was killed: {(name, size, time of the last change)}."""
     found = set()
     for path in out.glob("*.pt.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # moved into its place meanwhile
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
             status = path.stat()
             found.add((path.name, status.st_size, status.st_mtime_ns))
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What must hold
+# Comparisons
 
 
 def damage(script, out):
-    """What is wrong with the checkpoints in a folder; nothing should ever be."""
+    """The problems of the checkpoints in a folder, a list of texts."""
     results = {"train_decoder": ("decoder", decoders.load_decoder), "train_dit": ("dit", dit.load_dit)}
     name, load = results[script]
     problems, step = [], 0
@@ -156,7 +156,7 @@ def damage(script, out):
 
 
 def read(path):
-    """The content of a file of a run, without what depends on the time of day."""
+    """The content of a file of a run, without values that depend on time."""
     if path.suffix == ".pt":
         return {key: value for key, value in flat(torch.load(path, weights_only=True)).items() if key not in TIMING}
     if path.suffix == ".csv":
@@ -166,13 +166,13 @@ def read(path):
 
 
 def differences(out, whole):
-    """What two folders of runs differ in: files, or the first value in one of them."""
+    """The differences of two folders of runs, a list of texts: files, or the first value in each of them."""
     names, wanted = ({path.name for path in folder.iterdir()} for folder in (out, whole))
     problems = [f"{name} is in one of {out} and {whole} only" for name in sorted(names ^ wanted)]
     for name in sorted(names & wanted):
         a, b = read(out / name), read(whole / name)
         apart = [key for key in {**a, **b} if key not in a or key not in b or not same(a[key], b[key])]
-        problems += [f"{name} differs from the undisturbed run's, first in {apart[0]}"] if apart else []
+        problems += [f"{name} differs from that of the uninterrupted run, first in {apart[0]}"] if apart else []
     return problems
 
 
@@ -185,14 +185,14 @@ def same(a, b):
 
 
 def run_whole(script, argv, out):
-    """Train without a disturbance; returns what went wrong."""
+    """Train without interruption -> problems."""
     process, _ = start(script, argv, out)
     process.join()
     return [] if process.exitcode == 0 else [f"{script} ended with {process.exitcode}: {terminal(out)[-2000:]}"]
 
 
 def kill_once(script, argv, out, in_write, bytes_of_a_save, rng):
-    """Start or resume, and kill; returns (where, whether a checkpoint was being written, problems, connection)."""
+    """Start or resume, and kill -> (where, whether a checkpoint was being written, problems, connection)."""
     before, first = partial(out), logged(out)
     step, size = first + rng.randint(0, 2), rng.uniform(0, 0.9) * bytes_of_a_save
     process, gone = start(script, argv, out)
@@ -214,12 +214,12 @@ def kill_once(script, argv, out, in_write, bytes_of_a_save, rng):
 
 
 def survives(script, argv, whole, out, kills, rng, say=print):
-    """Kill and resume a run into `out`, then compare it with `whole`. Returns (kills inside of a write, problems)."""
+    """Kill and resume a run in `out`, then compare it with `whole` -> (kills during a write, problems)."""
     inside, connections = 0, []
     bytes_of_a_save = sum(path.stat().st_size for path in whole.glob("*.pt") if "-" not in path.name)
     for i in range(kills):
         where, written, problems, gone = kill_once(script, argv, out, i % 3 < 2, bytes_of_a_save, rng)
-        say(f"kill {i + 1:2} {where}{', inside of a write' if written else ''}", flush=True)
+        say(f"kill {i + 1:2} {where}{', during a write' if written else ''}", flush=True)
         inside += written
         connections.append(gone)
         if problems:
@@ -227,14 +227,14 @@ def survives(script, argv, whole, out, kills, rng, say=print):
     problems = run_whole(script, argv, out) or differences(out, whole)
     for gone in connections:
         if not gone.poll(30):
-            problems.append("30 s after a kill, processes of the loader are still alive")
+            problems.append("30 s after a kill, loader processes are still running")
     return inside, problems
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="of each of the two stages")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kills", type=int, default=20, help="of each stage")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     args = parser.parse_args(argv)
     rng, failed = random.Random(args.seed), False
     with tempfile.TemporaryDirectory() as folder:
@@ -245,9 +245,9 @@ def main(argv=None):
             if not problems:
                 inside, problems = survives(script, flags, whole, out, args.kills, rng)
             if not inside:
-                problems.append("no kill fell into the write of a checkpoint")
-            verdict = "; ".join(problems) or "nothing lost, all files equal the undisturbed run's"
-            print(f"{script}: {args.kills} kills, {inside} of them inside of a write: {verdict}", flush=True)
+                problems.append("no kill during the write of a checkpoint")
+            verdict = "; ".join(problems) or "all files equal those of the uninterrupted run"
+            print(f"{script}: {args.kills} kills, {inside} of them during a write: {verdict}", flush=True)
             failed |= bool(problems)
     print("FAILED" if failed else "passed")
     return int(failed)

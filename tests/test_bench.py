@@ -1,4 +1,4 @@
-"""tests/bench.py: what it counts and what it writes."""
+"""tests/bench.py: FLOPs, the table and the JSON file."""
 
 import json
 
@@ -12,7 +12,7 @@ import dit
 
 @pytest.mark.parametrize("name, published", [("ViT-B", 22.2), ("ViT-L", 78.1)])
 def test_decoder_flops_are_the_paper_s(name, published):
-    """The paper's GFLOPs are multiply-adds (two FLOPs each) and leave out the products of queries, keys and values."""
+    """The paper's GFLOPs are multiply-adds (two FLOPs each), without the products of queries, keys and values."""
     size = decoder.SIZES[name]
     N = 257  # with CLS
     attention = 2 * size["depth"] * N * N * size["width"]
@@ -22,13 +22,13 @@ def test_decoder_flops_are_the_paper_s(name, published):
 
 
 @pytest.mark.parametrize("name", ["DiT-S", "DiT-DH-tiny"])
-def test_dit_flops_are_those_of_its_weights_and_attention(name):
+def test_dit_flops_are_those_of_weights_and_attention(name):
     C, grid = 128, 4
     N, size = grid * grid, dit.SIZES[name]
     model = dit.DiT(C, grid, 1000, **size)
     total = 0
     for key, weight in model.named_parameters():
-        if weight.ndim > 1 and "embedding_table" not in key:  # the time and the trunk's modulation: once for an image
+        if weight.ndim > 1 and "embedding_table" not in key:  # time and modulation of the trunk: once per image
             block = int(key.split(".")[1]) if key.startswith("blocks.") else None
             in_trunk = block is not None and block < size["depth"] or not model.has_head
             total += weight.numel() * (1 if "t_embedder" in key or "adaLN" in key and in_trunk else N)
@@ -44,12 +44,14 @@ def read_table(printed):
 
 def test_quick_parts_make_a_table_and_append_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(bench.SETTINGS["quick"], "repeats", 3)
-    monkeypatch.chdir(tmp_path)  # where the part `save` writes
+    monkeypatch.chdir(tmp_path)  # for the part `save`
+    synced = []
+    monkeypatch.setattr(bench.os, "fsync", synced.append)
     path = tmp_path / "new" / "bench.jsonl"
     bench.main(["--quick", "--only", "encode", "dit", "save", "--json", str(path)])
     printed = capsys.readouterr().out
     assert torch.__version__ in printed and bench.time.strftime("%F") in printed
-    assert len(read_table(printed)) == 1 + 1 + 2
+    assert len(read_table(printed)) == 1 + 1 + 2 and len(synced) == 2
     bench.main(["--quick", "--only", "encode", "--json", str(path)])
     first, second = map(json.loads, path.read_text().splitlines())
     assert {"device", "torch", "date", "peak_tflops"} <= first.keys() and first["torch"] == torch.__version__
@@ -62,20 +64,12 @@ def test_quick_parts_make_a_table_and_append_json(tmp_path, capsys, monkeypatch)
     assert len(second["rows"]) == 1 and not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("tmp*"))
 
 
-def test_attention_and_swiglu_have_a_row_for_each_form(tmp_path, capsys):
-    bench.main(["--quick", "--only", "attention", "swiglu", "all-reduce", "--json", str(tmp_path / "bench.jsonl")])
+def test_swiglu_has_a_row_for_each_size(tmp_path, capsys):
+    bench.main(["--quick", "--only", "swiglu", "all-reduce", "--json", str(tmp_path / "bench.jsonl")])
     rows = [line.split("|")[1].strip() for line in read_table(capsys.readouterr().out)]
-    forms = [f"attention, 64 tokens, head width {d}, {form}, {way}" for d in (72, 128)
-             for form in ("fused (chosen)", "plain") for way in ("forward", "forward and backward")]
     mlp = [f"SwiGLU, 128 wide, {hidden} hidden, 64 tokens, {way}" for hidden in (341, 344)
            for way in ("forward", "forward and backward")]
-    assert rows[:-1] == forms + mlp and (torch.cuda.device_count() > 1 or rows[-1].endswith("needs two GPUs"))
-
-
-def test_the_plain_form_is_that_of_dit():
-    """On the CPU dit.attention chooses it for bfloat16; on CUDA for float32."""
-    q, k, v = torch.randn(3, 1, 2, 16, 8, dtype=torch.bfloat16)
-    assert torch.equal(bench.plain_attention(q, k, v), dit.attention(q, k, v))
+    assert rows[:-1] == mlp and (torch.cuda.device_count() > 1 or rows[-1].endswith("needs two GPUs"))
 
 
 def test_a_row_out_of_memory_says_so(monkeypatch):

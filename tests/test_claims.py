@@ -1,4 +1,4 @@
-"""tests/claims.py in seconds: its tables, its figure, its rule, and Theorem 1, which holds after any training."""
+"""tests/claims.py --quick: its tables, figure and rule, and Theorem 1, which is true after any training."""
 
 import claims
 import numpy as np
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def read_tables(text):
-    """Markdown -> one list of rows, dictionaries by column, for each heading."""
+    """Markdown -> for each heading the table's rows, as dictionaries."""
     tables = []
     for part in text.split("### ")[1:]:
         lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in part.splitlines() if line[:1] == "|"]
@@ -18,7 +18,7 @@ def read_tables(text):
 
 
 @pytest.mark.filterwarnings("ignore:.*Theorem 1")
-def test_quick_run_prints_the_tables_and_draws_the_figure(tmp_path, capsys):
+def test_tables_and_figure_of_a_quick_run(tmp_path, capsys):
     claims.main(["--quick", "--out", str(tmp_path)])
     theorem, shift, tau = read_tables(capsys.readouterr().out)
 
@@ -39,14 +39,13 @@ def test_quick_run_prints_the_tables_and_draws_the_figure(tmp_path, capsys):
         assert figure.size == (1300, 440) and figure.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(
-    "values, verdict", [([1, 2], "better"), ([1, 3.5], "not shown"), ([4, 6], "not shown"), ([5.5, 6], "worse")]
-)
-def test_only_ranges_that_do_not_overlap_count(values, verdict):
+@pytest.mark.parametrize("values, verdict", [
+    ([1, 2], "better"), ([1, 3.5], "not shown"), ([4, 6], "not shown"), ([5.5, 6], "worse")])
+def test_settings_differ_only_if_their_ranges_do_not_overlap(values, verdict):
     assert claims.compare(values, baseline=[3, 5]) == verdict
 
 
-def test_a_loss_below_the_bound_would_be_told(capsys):
+def test_verdicts_on_theorem_1(capsys):
     losses = {(48, 2, 0): [0.49, 0.52], (112, 2, 0): [0.1, 0.6], (96, 2, 0): [0.1, 0.2], (48, 2, 112): [0.1, 0.6]}
     claims.report(losses, {1: np.array([[2.0], [0.5]])}, {0: np.array([[20.0], [1.0], [2.0], [0.5]])}, floor=0.5)
     theorem, *_ = read_tables(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""The models reproduce what the reference implementation recorded (tests/golden), to 1e-5 of the largest value."""
+"""The models reproduce the reference implementation's outputs in tests/golden, to 1e-5 of the largest value."""
 
 import numpy as np
 import timm
@@ -63,11 +63,11 @@ def test_golden_euler(file):
 
 
 def encoder_from_golden(config, state, image_size, path):
-    """The encoder through a file for --encoder-weights: with all that timm's model has and the encoder drops, as 2."""
+    """The encoder from a file for --encoder-weights, in which the weights that the encoder drops are 2."""
     name = dict(dinov2="dinov2-b", dinov3="dinov3-l", mae="mae-b", siglip2="siglip2-b")[config["family"]]
     shape = {key: config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}
     shape |= dict(img_size=config["native_img_size"])
-    if config["family"] != "dinov3":  # timm's other ViT has its four registers by itself
+    if config["family"] != "dinov3":  # timm's other ViT always has its four registers
         shape["reg_tokens"] = config["reg_tokens"]
     whole = timm.create_model(ENCODERS[name], **shape).state_dict()
     dropped = {key: torch.full_like(whole[key], 2) for key in whole if key.startswith(("norm.", "attn_pool."))}
@@ -89,7 +89,7 @@ def test_golden_encoder(file, tmp_path):
 
 @golden("encoder_layers")
 def test_golden_encoder_layers(file, tmp_path):
-    """Its latents are not those of the last block alone; the order and repetitions of the numbers say nothing."""
+    """Order and repetitions of `layers` do not matter; the latents differ from those of the last block alone."""
     arrays, config, states = read_golden(file)
     size = arrays["images"].shape[-1]
     for layers in (config["layers"], config["layers"][::-1] * 2):
@@ -126,15 +126,15 @@ def test_golden_decoder(file):
 @golden("decoder_diffusers")
 @torch.no_grad()
 def test_golden_decoder_diffusers(file, tmp_path, monkeypatch):
-    """Through load_decoder with the grid given, from both kinds of file; its statistics from the same file."""
+    """load_decoder with the grid given, and load_stats, from both kinds of file."""
     arrays, config, states = read_golden(file)
     state, (_, C, grid, _) = states["state"], arrays["latents"].shape
-    heads = config["decoder_num_attention_heads"]  # no tensor tells their number: a row of the table of sizes does
+    heads = config["decoder_num_attention_heads"]  # no tensor gives their number: the table of sizes does
     monkeypatch.setitem(SIZES, "golden", dict(width=config["decoder_hidden_size"], heads=heads))
     torch.save(state, tmp_path / "model.pt")
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
     for name in ("model.pt", "model.safetensors"):
-        model, info = load_decoder(tmp_path / name, dict(mean=[9.0] * 3, std=[9.0] * 3), grid=grid)  # it has its own
+        model, info = load_decoder(tmp_path / name, dict(mean=[9.0] * 3, std=[9.0] * 3), grid=grid)  # in the file
         assert info == {} and (model.latent_shape, model.patch) == ((C, grid, grid), config["patch_size"])
         assert len(model.blocks) == config["decoder_num_hidden_layers"]
         assert model.blocks[0].heads == heads

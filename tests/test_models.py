@@ -1,4 +1,4 @@
-"""The models: sizes, attention, initialisation, the decoder's hidden states, flow matching, sampling, checkpoints."""
+"""The models: sizes, checkpointing, initialisation, the decoder's output, flow matching, sampling, checkpoints."""
 
 import math
 import warnings
@@ -6,15 +6,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import published_decoder, published_dit, randomize
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import decoder as decoders
 import dit as dits
 from decoder import Decoder, from_published, image_grid, load_decoder, patchify, to_uint8, unpatchify
-from dit import (DiT, attention, config_from_state, denormalize, flow_matching_loss, guided, load_dit, normalize,
+from dit import (DiT, config_from_state, denormalize, flow_matching_loss, guided, load_dit, normalize,
                  sample, sample_noise, shift_strength, time_shift)
 
 TINY = dict(latent_dim=12, grid=3)
@@ -23,12 +21,12 @@ PLAIN = {key: value for key, value in HEAD.items() if "head_" not in key}
 PIXELS = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 
 
-def draw(*shape, seed=1):
+def randn(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def latents(batch=2, seed=1):
-    return draw(batch, 12, 3, 3, seed=seed)
+    return randn(batch, 12, 3, 3, seed=seed)
 
 
 def tiny_decoder(seed=0):
@@ -50,7 +48,7 @@ DITS = {"DiT-S": 33.6, "DiT-B": 131.7, "DiT-L": 459.7, "DiT-XL": 677.0, "DiT-DH-
 @pytest.mark.parametrize("name", DITS)
 @pytest.mark.filterwarnings("ignore:.*Theorem 1")
 def test_diffusion_model_sizes(name):
-    """Parameter counts of the paper's table, and the size that a published file of each is recognised as."""
+    """Parameter counts of the paper's table; config_from_state recognises each size in a published state dict."""
     with torch.device("meta"):
         model = DiT(768, 16, 1000, **dits.SIZES[name])
     assert millions(model) == DITS[name]
@@ -71,14 +69,14 @@ def test_decoder_sizes(name, count):
     assert (config["grid"], config["patch"]) == (16, 32)  # decoder upsampling
 
 
-def test_a_model_narrower_than_its_tokens_is_built_with_a_warning_of_theorem_1():
+def test_a_model_narrower_than_its_tokens_warns():
     for name, latent_dim, width in (("DiT-S", 768, 384), ("DiT-B", 1024, 768), ("DiT-DH-XL", 2049, 2048)):
         with torch.device("meta"), pytest.warns(UserWarning, match="Theorem 1") as warned:
             DiT(latent_dim, **dits.SIZES[name])
         assert f"width {width} " in str(warned[0].message) and f"{latent_dim}-wide" in str(warned[0].message)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        DiT(768, **dits.SIZES["DiT-DH-S"])  # the wide head reads x_t and writes v
+        DiT(768, **dits.SIZES["DiT-DH-S"])  # the wide head maps x_t to v
         DiT(768, **dits.SIZES["DiT-B"])  # as wide as the tokens is enough
 
 
@@ -94,33 +92,7 @@ def test_latents_of_another_shape_are_refused(shape):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention, activation checkpointing, precision
-
-
-def test_fused_and_plain_attention_are_equal():
-    """On the CPU float32 takes the fused form and float64 the plain one: outputs and gradients agree to 1e-6."""
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        q, k, v, g = (draw(2, 3, 10, 8, seed=seed).to(dtype).requires_grad_() for seed in range(4))
-        out = attention(q, k, v)
-        assert out.dtype == dtype
-        results.append([out, *torch.autograd.grad(out, (q, k, v), g)])
-    for fused, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fused.double(), plain, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("device, dtype, fused", [
-    ("cuda", torch.bfloat16, True), ("cuda", torch.float32, False),
-    ("cpu", torch.float32, True), ("cpu", torch.bfloat16, False),
-])
-def test_which_form_of_attention_is_taken(device, dtype, fused, monkeypatch):
-    calls, fused_form = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or fused_form(*qkv))
-    with FakeTensorMode():  # tensors without values: no GPU is needed
-        q, k, v = (torch.empty(2, 3, 10, 8, device=device, dtype=dtype) for _ in range(3))
-        out = attention(q, k, v)
-    assert (out.shape, out.dtype, out.device.type) == (v.shape, dtype, device)
-    assert bool(calls) == fused
+# Activation checkpointing, precision
 
 
 def gradients(model, *inputs):
@@ -134,7 +106,7 @@ def gradients(model, *inputs):
 
 
 @pytest.mark.parametrize("kind", ["DiT", "DiT-DH", "decoder"])
-def test_activation_checkpointing_changes_nothing_but_recomputes(kind):
+def test_activation_checkpointing_recomputes_and_changes_no_gradient(kind):
     model = tiny_decoder() if kind == "decoder" else randomize(DiT(**(HEAD if kind == "DiT-DH" else PLAIN)))
     inputs = (latents(),) if kind == "decoder" else (latents(), torch.tensor([0.2, 0.9]), torch.tensor([3, 5]))
     calls = []
@@ -156,7 +128,7 @@ def test_bfloat16_autocast_is_close_to_float32(config):
     model = randomize(DiT(**config, qk_norm=True))
     given = latents(), torch.tensor([0.2, 0.9]), torch.tensor([3, 5])
     expected = model(*given)
-    streams, blocks = [], model.blocks[-3:] if model.has_head else []  # the head's; the trunk's stream is bfloat16
+    streams, blocks = [], model.blocks[-3:] if model.has_head else []  # of the head; the trunk's are bfloat16
     for block in blocks:
         block.register_forward_pre_hook(lambda block, inputs: streams.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -177,8 +149,8 @@ def test_initialisation_of_the_diffusion_models(config):
     model = DiT(**config)
     given = latents(), torch.tensor([0.2, 0.9]), torch.tensor([3, 5])
     assert not model(*given).any(), "the model starts as v = 0"
-    x = draw(2, 9, 96)
-    assert torch.equal(model.blocks[0](x, draw(2, 1, 96), model.rope), x), "a block starts as the identity"
+    x = randn(2, 9, 96)
+    assert torch.equal(model.blocks[0](x, randn(2, 1, 96), model.rope), x), "a block starts as the identity"
     mlp = model.t_embedder.mlp
     for weight in (mlp[0].weight, mlp[2].weight, model.y_embedder.embedding_table.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.15)
@@ -208,18 +180,18 @@ def test_the_decoder_starts_from_torch_defaults():
 # The decoder's output and hidden states
 
 
-def test_patches_and_images_are_each_others_inverse():
-    images = draw(2, 3, 12, 12)
+def test_patchify_and_its_inverse():
+    images = randn(2, 3, 12, 12)
     patches = patchify(images, 4)
     assert patches.shape == (2, 9, 48)
     assert torch.equal(unpatchify(patches, 4), images)
-    wide = draw(2, 3, 4, 12)
-    for token, column in [(0, 0), (2, 8)]:  # row by row; in a patch: rows, columns, colours
+    wide = randn(2, 3, 4, 12)
+    for token, column in [(0, 0), (2, 8)]:  # row by row; in a patch: row, column, channel
         expected = wide[:, :, :, column : column + 4].permute(0, 2, 3, 1).flatten(1)
         assert torch.equal(patchify(wide, 4)[:, token], expected)
 
 
-def test_hidden_states_are_what_the_last_layer_reads():
+def test_hidden_states_are_the_input_of_the_last_layer():
     model = tiny_decoder()
     images, h = model(latents(), return_hidden=True)
     assert torch.equal(images, model(latents())) and images.shape == (2, 3, 12, 12)
@@ -231,7 +203,7 @@ def test_pixels_are_clamped_and_rounded():
     assert to_uint8(pixels)[0, 1, :, 2].tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
 
 
-def test_images_lie_in_a_grid_row_by_row():
+def test_image_grid_is_filled_row_by_row():
     images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 4, 6, 3)
     for gap in (0, 1, 2):
         picture = np.asarray(image_grid(images, 3, gap))
@@ -273,18 +245,18 @@ def test_time_shift():
 
 
 def test_flow_matching_loss():
-    """Of a model that knows the answer: 0. Of v = 0: the mean square of noise - x, for each image."""
+    """0 for the exact velocity; for v = 0 the mean square of noise - x, for each image."""
     x, noise, y = latents(3), latents(3, seed=2), torch.tensor([4, 0, 2])
     t = torch.tensor([0.0, 0.3, 1.0])
 
-    def knowing(x_t, times, labels):
+    def exact(x_t, times, labels):
         assert torch.equal(times, t) and torch.equal(labels, y)
         torch.testing.assert_close(x_t[0], x[0])
         torch.testing.assert_close(x_t[1], 0.7 * x[1] + 0.3 * noise[1])
         torch.testing.assert_close(x_t[2], noise[2])
         return noise - x
 
-    assert flow_matching_loss(knowing, x, y, t, noise).tolist() == [0, 0, 0]
+    assert flow_matching_loss(exact, x, y, t, noise).tolist() == [0, 0, 0]
     losses = flow_matching_loss(lambda x_t, t, y: torch.zeros_like(x_t, dtype=torch.bfloat16), x, y, t, noise)
     torch.testing.assert_close(losses, ((noise - x) ** 2).flatten(1).mean(1))
     assert losses.dtype == torch.float32
@@ -294,15 +266,15 @@ def test_flow_matching_loss():
 # Sampling
 
 
-def test_the_weak_model_is_asked_only_where_it_counts():
-    asked = []
+def test_the_weak_model_runs_only_with_guidance_and_inside_the_interval():
+    calls = []
 
     def model(x, t, y):
-        asked.append(("model", len(x), y.tolist()))
+        calls.append(("model", len(x), y.tolist()))
         return x
 
     def weak(x, t, y):
-        asked.append(("weak", len(x), y.tolist()))
+        calls.append(("weak", len(x), y.tolist()))
         return 0 * x
 
     model.null_class = 9
@@ -314,12 +286,12 @@ def test_the_weak_model_is_asked_only_where_it_counts():
         (2.0, None, 0.5, [("model", 2, [3, 4]), ("model", 2, [9, 9])]),
         (2.0, weak, 0.9, [("model", 2, [3, 4])]),
         (2.0, weak, 0.1, [("model", 2, [3, 4])]),
-        (2.0, weak, 0.8, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # the interval is closed, also where
+        (2.0, weak, 0.8, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # the interval is closed, even if
         (2.0, weak, 0.35, [("model", 2, [3, 4]), ("weak", 2, [3, 4])]),  # its ends are not float32 numbers
     ]:
-        asked.clear()
+        calls.clear()
         v = guided(model, y, scale, guide, interval=(0.35, 0.8))(x, torch.tensor(t))
-        assert asked == expected
+        assert calls == expected
         assert v.flatten().tolist() == ([2, 2] if len(expected) == 2 and guide else [1, 1])
 
 
@@ -336,27 +308,27 @@ def test_noise_of_a_sample_depends_on_seed_and_index_alone():
 @pytest.mark.parametrize("steps, shift", [(1, 1.0), (4, 1.0), (7, 6.93)])
 def test_a_straight_path_is_integrated_exactly(steps, shift):
     """For data in one point z the velocity is (x_t - z) / t: every estimate is z, and Euler's method ends there."""
-    z, noise = draw(1, 3, 2, 2, seed=5), draw(4, 3, 2, 2)
-    seen, asked = [], []
+    z, noise = randn(1, 3, 2, 2, seed=5), randn(4, 3, 2, 2)
+    estimates, times = [], []
 
     def velocity(x, t):
         assert t.shape == () and t.dtype == torch.float32 and t.device.type == "cpu"
         assert not torch.is_grad_enabled()
-        asked.append(t)
+        times.append(t)
         torch.testing.assert_close(x, (1 - t) * z + t * noise, rtol=1e-4, atol=1e-5)
         return (x - z) / t
 
-    x = sample(velocity, noise, steps, shift, watch=lambda step, estimate: seen.append((step, estimate)))
-    assert [step for step, _ in seen] == list(range(steps))
-    assert torch.equal(torch.stack(asked), time_shift(torch.linspace(1, 0, steps + 1), shift)[:-1])
-    for _, estimate in seen:
+    x = sample(velocity, noise, steps, shift, estimates)
+    assert len(estimates) == steps
+    assert torch.equal(torch.stack(times), time_shift(torch.linspace(1, 0, steps + 1), shift)[:-1])
+    for estimate in estimates:
         torch.testing.assert_close(estimate, z.expand_as(noise), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x, z.expand_as(noise), rtol=1e-4, atol=1e-5)
 
 
-def test_watching_changes_nothing_and_ends_with_the_sample():
+def test_estimates_change_nothing_and_end_with_the_sample():
     velocity, noise, estimates = guided(randomize(DiT(**HEAD)), torch.tensor([1, 2]), 1.5), latents(), []
-    x = sample(velocity, noise, shift=3.0, watch=lambda step, estimate: estimates.append(estimate))
+    x = sample(velocity, noise, shift=3.0, estimates=estimates)
     assert torch.equal(x, sample(velocity, noise, shift=3.0))
     assert len(estimates) == 50 and torch.equal(estimates[-1], x), "50 is the paper's number of steps"
     torch.testing.assert_close(estimates[0], noise - velocity(noise, torch.tensor(1.0)))
@@ -367,7 +339,7 @@ def test_watching_changes_nothing_and_ends_with_the_sample():
 
 
 def saved(path, state, other, prefix, wrap):
-    """A file of weights bare, or below the key `wrap`; those of training beside the average are `other`."""
+    """Save a state dict as it is, or under the key `wrap`; beside an EMA, the model's weights are `other`."""
     state, other = ({prefix + key: value for key, value in part.items()} for part in (state, other))
     torch.save(({"model": other} if wrap == "ema" else {}) | {"opt": {"lr": 1.0}, wrap: state} if wrap else state, path)
     return path
@@ -380,7 +352,7 @@ def assert_loaded(model, original, *given):
 
 @pytest.mark.parametrize("wrap", [None, "ema", "model", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_published_files_load_below_any_prefix_and_the_average_comes_first(prefix, wrap, tmp_path):
+def test_published_files_load_with_any_prefix_and_the_ema_is_preferred(prefix, wrap, tmp_path):
     decoder, path = tiny_decoder(), tmp_path / "file.pt"
     state, other = published_decoder(decoder), published_decoder(tiny_decoder(seed=1))
     whole = {f"decoder.{key}": value for key, value in state.items()} | {"encoder.norm.weight": torch.ones(3)}
@@ -393,88 +365,115 @@ def test_published_files_load_below_any_prefix_and_the_average_comes_first(prefi
         loaded, info = load_dit(saved(path, published_dit(model), published_dit(other), prefix, wrap))
         assert_loaded(loaded, model, latents(), torch.tensor([0.2, 0.9]), torch.tensor([3, 5]))
         assert info == {}
-    for model, load in ((decoder, load_decoder), (randomize(DiT(**HEAD)), load_dit)):  # and our own files
+    for model, load, kind in ((decoder, load_decoder, "decoder"), (randomize(DiT(**HEAD)), load_dit, "dit")):  # ours
         weights = {prefix + key: value for key, value in model.state_dict().items()}
-        torch.save(dict(config=model.config, model=weights), path)
+        torch.save(dict(kind=kind, config=model.config, model=weights), path)
         loaded = load(path)[0].state_dict()
         assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
 
 
+def our_decoder():
+    """A decoder, the required part of its file, and the optional part."""
+    model = tiny_decoder()
+    encoder = dict(name="dinov2-b", image_size=256, layers=[3])
+    return model, dict(kind="decoder", config=model.config, model=model.state_dict()), dict(
+        encoder=encoder, tau=0.8, epoch=1.0)
+
+
+def our_dit():
+    """A diffusion model of no size in the table, the required part of its file, and the optional part."""
+    model = randomize(DiT(16, 3, 5, 24, 1, 2))
+    stats = {"mean": randn(16, 3, 3), "var": randn(16, 3, 3).exp()}
+    return model, dict(kind="dit", config=model.config, model=model.state_dict()), dict(
+        stats=stats, shift=2.0, label_dropout=0.1, encoder=dict(name="dinov2-b"), epoch=1.0, classes=list("abcde"))
+
+
 def test_our_decoder_round_trip(tmp_path):
-    decoder = tiny_decoder()
-    file = dict(config=decoder.config, model=decoder.state_dict())
-    optional = dict(encoder=dict(name="dinov2-b", image_size=256, layers=[3]), tau=0.8, epoch=1.0)
-    for content, expected in [(file | optional | dict(kind="decoder"), optional), (file, {})]:
+    decoder, file, optional = our_decoder()
+    for content, expected in [(file | optional, optional), (file, {})]:
         torch.save(content, tmp_path / "decoder.pt")
-        model, info = load_decoder(tmp_path / "decoder.pt", dict(mean=(9, 9, 9), std=(9, 9, 9)))  # it has its own
+        model, info = load_decoder(tmp_path / "decoder.pt", dict(mean=(9, 9, 9), std=(9, 9, 9)))  # the file has its own
         assert_loaded(model, decoder, latents())
         assert info == expected
 
 
-def our_dit():
-    """A diffusion model of no size in the table; what its file must hold, and what it may."""
-    model = randomize(DiT(16, 3, 5, 24, 1, 2))
-    stats = {"mean": draw(16, 3, 3), "var": draw(16, 3, 3).exp()}
-    return model, dict(config=model.config, model=model.state_dict()), dict(
-        stats=stats, shift=2.0, label_dropout=0.1, encoder=dict(name="dinov2-b"), epoch=1.0, classes=list("abcde"))
-
-
 def test_our_diffusion_model_round_trip(tmp_path):
     model, file, optional = our_dit()
-    for content, expected in [(file | optional | dict(kind="dit"), optional), (file, {})]:
+    for content, expected in [(file | optional, optional), (file, {})]:
         torch.save(content, tmp_path / "dit.pt")
         loaded, info = load_dit(tmp_path / "dit.pt")
         assert info.keys() == expected.keys() and info.get("classes") == expected.get("classes")
         assert loaded.num_classes == loaded.null_class == 5
-        assert_loaded(loaded, model, draw(2, 16, 3, 3), torch.tensor([0.2, 0.9]), torch.tensor([3, 5]))
+        assert_loaded(loaded, model, randn(2, 16, 3, 3), torch.tensor([0.2, 0.9]), torch.tensor([3, 5]))
 
 
 def refusal(load, path):
-    """What a loader says of a file that it refuses: one line that names the file and what to give instead."""
+    """The message of a loader for a file that it refuses: one line with the path."""
     with pytest.raises(ValueError) as error:
         load(path)
     message = str(error.value)
-    assert str(path) in message and "give a" in message and "\n" not in message and len(message) < 500, message
+    assert str(path) in message and "\n" not in message and len(message) < 500, message
     return message
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    for model, load in [(our_dit()[0], load_dit), (tiny_decoder(), load_decoder)]:
-        list(model.parameters())[3].view(-1)[0] = math.inf
-        torch.save(dict(config=model.config, model=model.state_dict()), tmp_path / "model.pt")
-        assert "finite" in refusal(load, tmp_path / "model.pt")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3])
+@pytest.mark.parametrize("load, make", [(load_decoder, our_decoder), (load_dit, our_dit)])
+def test_weights_that_are_not_finite_or_not_floating_point_are_refused(load, make, value, tmp_path):
+    _, file, _ = make()
+    key = list(file["model"])[3]
+    weight = file["model"][key].clone()
+    weight.view(-1)[0] = value
+    file["model"][key] = weight.long() if value == 3 else weight
+    torch.save(file, tmp_path / "model.pt")
+    assert f"{key} ({file['model'][key].dtype}) has values that are not finite" in refusal(load, tmp_path / "model.pt")
 
 
-def test_files_that_hold_no_such_model(tmp_path):
-    """Foreign files, each other's files, damaged ones: both loaders refuse them in one line with the reason."""
+def test_statistics_and_time_shifts_that_cannot_be_right_are_refused(tmp_path):
+    _, file, optional = our_dit()
+    mean, var = optional["stats"].values()
+    for stats in [dict(mean=mean, var=-var), dict(mean=mean * math.nan, var=var), dict(mean=mean, var=var * math.inf),
+                  dict(mean=mean[:4], var=var), dict(mean=mean, var=var[None])]:
+        torch.save(file | optional | dict(stats=stats), tmp_path / "dit.pt")
+        assert "model's shape (16, 3, 3): give others with --stats" in refusal(load_dit, tmp_path / "dit.pt")
+    for shift in (0.0, -1.0, math.inf, math.nan):
+        torch.save(file | optional | dict(shift=shift), tmp_path / "dit.pt")
+        assert f"the time shift {shift} is not positive and finite" in refusal(load_dit, tmp_path / "dit.pt")
+
+
+def test_files_without_such_a_model_are_refused(tmp_path):
+    """Files of other programs, files of the other kind of model, and damaged files."""
     decoder, model = published_decoder(tiny_decoder()), published_dit(randomize(DiT(**HEAD)))
-    our_decoder = dict(config=tiny_decoder().config, model=tiny_decoder().state_dict())
-    _, our_model, _ = our_dit()
+    (_, ours, _), (_, our_model, _) = our_decoder(), our_dit()
+    last = dict(settings={}, config=ours["config"], model=our_model["model"], ema=our_model["model"])
     unlike = {"stat.pt": {"mean": None, "var": torch.ones(12, 3, 3)}, "list.pt": [1, 2], "tensor.pt": torch.ones(2),
-              "empty.pt": {}, "last.pt": our_decoder | our_model | dict(settings={}, ema=our_model["model"]),
-              "nested.pt": {"ema": {"a.weight": torch.ones(1)}}, "pickle.pt": nn.Linear(1, 1), "none.pt": None}
+              "empty.pt": {}, "nested.pt": {"ema": {"a.weight": torch.ones(1)}}, "pickle.pt": nn.Linear(1, 1),
+              "none.pt": None, "last.pt": last}
     for name, content in unlike.items():
         torch.save(content, tmp_path / name)
     (tmp_path / "text.pt").write_text("text")
     torch.save(decoder, tmp_path / "decoder.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "decoder.pt").read_bytes()[:-1000])
     (tmp_path / "folder.pt").mkdir()
-    for load in (load_decoder, load_dit):
-        for name in [*unlike, "text.pt", "cut.pt", "folder.pt"]:
-            assert "trust" not in refusal(load, tmp_path / name), "no advice to run the code in a pickle"
-        assert "FileNotFoundError" in refusal(load, tmp_path / "absent.pt")
-        assert "it is a last.pt: give the decoder.pt or dit.pt beside it" in refusal(load, tmp_path / "last.pt")
+    for load, others in ((load_decoder, (model, our_model)), (load_dit, (decoder, ours))):
+        for name in [*unlike, "text.pt", "cut.pt", "folder.pt", "absent.pt"]:
+            message = refusal(load, tmp_path / name)
+            assert "give a" in message and "trust" not in message, "no advice to run the code in a pickle"
+        assert "FileNotFoundError" in message
+        for content in (*others, last):
+            torch.save(content, tmp_path / "file.pt")
+            kind = "a decoder: give a decoder.pt" if load is load_decoder else "a diffusion model: give a dit.pt"
+            assert f"file.pt is not {kind}" in refusal(load, tmp_path / "file.pt")
     for load, content, reason in [
-        (load_decoder, model, "'config'"), (load_decoder, our_model, "'num_classes'"),
-        (load_dit, decoder, "'config'"), (load_dit, our_decoder, "'patch'"),
-        (load_decoder, {k: v for k, v in decoder.items() if k != "decoder_norm.bias"}, "decoder_norm.bias"),
-        (load_decoder, decoder | {"decoder_embed.weight": torch.ones(100, 12)}, "100 wide"),
-        (load_decoder, decoder | {"decoder_norm.bias": torch.ones(2)}, "norm.bias"),
-        (load_decoder, dict(config={"depths": 1}, model={}), "depths"),
-        (load_decoder, dict(config=our_decoder["config"], model={}), "cls"),
-        (load_dit, {k: v for k, v in model.items() if k != "t_embedder.W"}, "t_embedder.W"),
-        (load_dit, model | {"y_embedder.embedding_table.weight": torch.ones(6, 100)}, "widths 100"),
-        (load_dit, dict(config={"depths": 1}, model={}), "depths"),
+        (load_decoder, decoder | {"decoder_embed.weight": torch.ones(100, 12)}, "file.pt has width 100: the known"),
+        (load_dit, model | {"y_embedder.embedding_table.weight": torch.ones(6, 100)}, "widths 100 and 256: known are"),
+        (load_decoder, {k: v for k, v in decoder.items() if k != "decoder_norm.bias"}, 'Missing key.*"norm.bias"'),
+        (load_decoder, decoder | {"decoder_norm.bias": torch.ones(2)}, "size mismatch for norm.bias"),
+        (load_decoder, ours | dict(config={"depths": 1}), "depths"),
+        (load_decoder, ours | dict(model={}), 'Missing key.*"cls"'),
+        (load_dit, {k: v for k, v in model.items() if k != "t_embedder.W"}, 'Missing key.*"t_embedder.W"'),
+        (load_dit, our_model | dict(config={"depths": 1}), "depths"),
     ]:
         torch.save(content, tmp_path / "file.pt")
-        assert reason in refusal(load, tmp_path / "file.pt")
+        error = ValueError if " known" in reason else TypeError if reason == "depths" else RuntimeError  # torch's own
+        with pytest.raises(error, match=reason):
+            load(tmp_path / "file.pt")

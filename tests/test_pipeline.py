@@ -1,4 +1,4 @@
-"""The whole pipeline through the real scripts, in small: trained, resumed, sampled, under torchrun; by the README."""
+"""The pipeline with the real scripts at small scale: train, resume, sample, torchrun; the commands of the README."""
 
 import os
 import re
@@ -24,7 +24,7 @@ DIT = [*DECODER, "--stats-images", "100"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder in which both stages of the demo were trained for a few dozen steps: where the README's user stands."""
+    """The working directory, in which both stages of the demo were trained for 60 steps."""
     folder = tmp_path_factory.mktemp("demo")
     here = os.getcwd()
     os.chdir(folder)
@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
     os.chdir(here)
 
 
-def test_demo_learns_and_leaves_its_files(runs):
+def test_demo_learns_and_writes_its_files(runs):
     for stage, loss in (("decoder", "l1"), ("dit", "loss")):
         folder = runs / "runs" / "demo" / stage
         assert {f"{stage}.pt", "last.pt", "log.csv"} <= {path.name for path in folder.iterdir()}
@@ -44,7 +44,7 @@ def test_demo_learns_and_leaves_its_files(runs):
     assert (runs / "runs/demo/dit/stat.pt").exists()
 
 
-def test_demo_resumes_and_then_says_that_it_is_finished(runs, capsys):
+def test_demo_resumes_and_finishes(runs, capsys):
     train_decoder.main([*DECODER, "--epochs", "0.14"])
     train_dit.main([*DIT, "--epochs", "0.14"])
     for stage in ("decoder", "dit"):
@@ -55,7 +55,7 @@ def test_demo_resumes_and_then_says_that_it_is_finished(runs, capsys):
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == 2 * ["finished"]
 
 
-def test_demo_draws_a_grid(runs):
+def test_demo_samples_a_grid(runs):
     sample.main(["--preset", "demo", "--per-class", "2", "--steps", "4", "--device", "cpu"])
     with Image.open("samples.png") as picture:
         assert picture.size == (2 * 32 + 2, 10 * 32 + 18)
@@ -72,17 +72,17 @@ def test_under_torchrun(tmp_path):
     assert read(tmp_path / "runs/demo/decoder/last.pt")["step"] == 2
 
 
-@pytest.mark.parametrize("classes, read_as, known", [
-    (["a", "b", "c"], "data: 12 images, classes: 3 (a, b, c); left out: .txt 1", ["a", "b", "c"]),
-    ([], "data: 12 images, classes: 1 (data); left out: .txt 1", ["data"]),
-    (["train/a", "train/b/deep", "val/a"], "data/train: 8 images, classes: 2 (a, b); left out: .txt 1", ["a", "b"]),
+@pytest.mark.parametrize("classes, summary, known", [
+    (["a", "b", "c"], "data: 12 images, 3 classes (a, b, c); skipped files: .txt 1", ["a", "b", "c"]),
+    ([], "data: 12 images, 1 classes (data); skipped files: .txt 1", ["data"]),
+    (["train/a", "train/b/deep", "val/a"], "data/train: 8 images, 2 classes (a, b); skipped files: .txt 1", ["a", "b"]),
 ])
-def test_train_dit_on_folders(tmp_path, classes, read_as, known, capsys):
+def test_train_dit_on_folders(tmp_path, classes, summary, known, capsys):
     make_images(tmp_path / "data", 12, size=(70, 50), classes=classes)
     (tmp_path / "data" / (classes or [""])[0].split("/")[0] / "notes.txt").write_text("no image")
     train_dit.main(["--preset", "demo", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "dit"),
                     "--batch", "2", "--epochs", "1", "--workers", "0", "--device", "cpu"])
-    assert read_as in capsys.readouterr().out
+    assert summary in capsys.readouterr().out
     result = read(tmp_path / "dit" / "dit.pt")
     assert result["classes"] == known and result["config"]["num_classes"] == len(known)
 
@@ -95,13 +95,13 @@ def test_readme_python_runs_on_the_demo(runs):
 
 
 def test_readme_commands_have_flags_that_exist(tmp_path, monkeypatch):
-    """Every command for the scripts, in the README and in the scripts' docstrings, is accepted by its parser."""
+    """All commands in the README and in the docstrings of the scripts are accepted by their parsers."""
     for folder in ("imagenet/val", "photos"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "photo.jpg").touch()
     monkeypatch.chdir(tmp_path)
     text = "".join([README.replace("\\\n", " "), *(script.__doc__ for script in SCRIPTS.values())])
-    for name, words, word in re.findall(r'\b([A-Z]+\d?)=(?:"([^"]*)"|(\S+))', text):  # the shell's variables
+    for name, words, word in re.findall(r'\b([A-Z]+\d?)=(?:"([^"]*)"|(\S+))', text):  # shell variables
         text = text.replace(f"${name}", words or word)
     commands = re.findall(r"(?:python|torchrun [^\n]*?) (train_decoder|train_dit|sample|fid)\.py([^\n`]*)", text)
     for script, arguments in commands:
@@ -112,7 +112,7 @@ def test_readme_commands_have_flags_that_exist(tmp_path, monkeypatch):
 
 
 def test_readme_names_code_that_exists():
-    """`file.py: name, name` of the README's tables."""
+    """`file.py: name, name` in the tables of the README."""
     found = re.findall(r"`([a-z_]+)\.py: ([^`]+)`", README)
     assert len(found) > 15
     for script, names in found:

@@ -1,5 +1,7 @@
 """sample.py through its command line: published and our own files, the hub, labels, trajectories, outputs."""
 
+import itertools
+import math
 import os
 import resource
 import signal
@@ -28,16 +30,16 @@ OUR_PIXELS, IMAGENET = (dict(mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3)),
 
 
 def diffusion_model(seed=0, num_classes=6, **other):
-    torch.manual_seed(seed)  # the frequencies of the time are drawn, and saved
+    torch.manual_seed(seed)  # for the random frequencies of the time embedding, which are saved
     model = randomize(dits.DiT(**(LATENT | TRUNK | dict(num_classes=num_classes, depth=1) | other)), seed, std=0.05)
-    model.y_embedder.embedding_table.weight.mul_(20)  # so that the class shows
+    model.y_embedder.embedding_table.weight.mul_(20)  # so that the class has an effect
     return model
 
 
 def small_decoder(seed=3, **other):
     settings = LATENT | decoders.SIZES["ViT-tiny"] | dict(patch=2, depth=1, mlp=64) | other
     model = randomize(decoders.Decoder(**settings), seed, 0.05)
-    model.embed.weight.mul_(10)  # so that the latents show
+    model.embed.weight.mul_(10)  # so that the latents have an effect
     return model
 
 
@@ -46,7 +48,7 @@ def ours(path, kind, model, encoder=RECORD, **other):
 
 
 def diffusers(model, stats):
-    """A decoder in the layout of diffusers' AutoencoderRAE: its prefix and names, no positions, the statistics."""
+    """A decoder in the layout of diffusers' AutoencoderRAE: its prefix and names, the statistics, no positions."""
     names = {"attention.attention.query": "attention.to_q", "attention.attention.key": "attention.to_k",
              "attention.attention.value": "attention.to_v", "attention.output.dense": "attention.to_out.0"}
     state = {"encoder.layer.weight": torch.ones(2), "encoder_mean": model.mean, "encoder_std": model.std,
@@ -61,7 +63,7 @@ def diffusers(model, stats):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Published and our own files of one small pair."""
+    """A small diffusion model and decoder, in published files and in ours."""
     folder = tmp_path_factory.mktemp("files")
     generator = torch.Generator().manual_seed(0)
     stats = {"mean": torch.randn(8, 4, 4, generator=generator), "var": torch.rand(8, 4, 4, generator=generator) + 0.5}
@@ -76,7 +78,7 @@ def files(tmp_path_factory):
     layers = RECORD | dict(layers=[0, 2])
     ours(folder / "dit_02.pt", "dit", diffusion_model(), layers, **rest)
     ours(folder / "decoder_02.pt", "decoder", small_decoder(), layers)
-    # The paper's decoder upsampling: the encoder has 32 px (4 x 4 tokens), the decoder puts out 64 px.
+    # The paper's decoder upsampling: images of 32 px for the encoder (4 x 4 tokens), of 64 px from the decoder.
     upsampling = small_decoder(latent_dim=128, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3)
     ours(folder / "upsampling.pt", "decoder", upsampling)
     ours(folder / "upsampling_02.pt", "decoder", upsampling, layers)
@@ -102,7 +104,7 @@ def run(out, *arguments):
 def images(path, *arguments):
     run(path, *arguments)
     with np.load(path) as file, zipfile.ZipFile(path) as archive:
-        assert archive.infolist()[0].file_size == 128 + file["arr_0"].nbytes, "no image too many"
+        assert archive.infolist()[0].file_size == 128 + file["arr_0"].nbytes, "the right number of images"
         return file["arr_0"]
 
 
@@ -112,7 +114,7 @@ def picture(path, *arguments):
 
 
 def refused(capsys, *arguments):
-    """The line, below the usage, by which the script refuses these arguments."""
+    """The error line, after the usage; the exit code must be 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         sample.main([*QUICK, *map(str, arguments)])
@@ -122,18 +124,10 @@ def refused(capsys, *arguments):
 
 
 def by_hand(labels, seed=0, scale=1.0, guide=None, interval=(0.0, 1.0), steps=4, trajectory=False, pixels=IMAGENET):
-    """What the published files draw, written out with the models themselves; or the estimates of all steps."""
+    """The samples of the published files, computed with the models themselves; or the estimates of all steps."""
     model, decoder = diffusion_model(), small_decoder(**pixels)
     noise = [np.random.default_rng((seed, i)).standard_normal((8, 4, 4), dtype=np.float32) for i in range(len(labels))]
     y, null = torch.tensor(labels), torch.full((len(labels),), 6)
-
-    def velocity(x, t):
-        t = torch.full((len(x),), t)
-        v = model(x, t, y)
-        if interval[0] <= t[0] <= interval[1]:
-            weak = guide(x, t, y) if guide else model(x, t, null)
-            v = weak + scale * (v - weak)
-        return v
 
     def decoded(x):
         z = x * (torch.load("stat.pt")["var"] + 1e-5).sqrt()
@@ -141,15 +135,18 @@ def by_hand(labels, seed=0, scale=1.0, guide=None, interval=(0.0, 1.0), steps=4,
 
     x, estimates = torch.from_numpy(np.stack(noise)), []
     for step in range(steps):
-        t = 1 - step / steps
-        v = velocity(x, t)
-        estimates.append(decoded(x - t * v))
+        t = torch.full((len(x),), 1 - step / steps)
+        v = model(x, t, y)
+        if interval[0] <= t[0] <= interval[1]:
+            weak = guide(x, t, y) if guide else model(x, t, null)
+            v = weak + scale * (v - weak)
+        estimates.append(decoded(x - (1 - step / steps) * v))
         x = x - v / steps
     return estimates if trajectory else decoded(x)
 
 
 def same(a, b):
-    """Equal up to the rounding of a float that lies between two levels."""
+    """Equal up to one level, by rounding."""
     return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
@@ -163,33 +160,33 @@ def same(a, b):
     (["--scale", "3"], dict(scale=3.0)),
     (["--scale", "3", "--interval", "0.3", "0.75"], dict(scale=3.0, interval=(0.3, 0.75))),
     (["--guide", "guide.pt", "--scale", "1.42"], dict(scale=1.42, guide=1)),
-    (["--scale", "3", "--interval", "0.3", "0.4"], {}),  # no time of the grid lies in it
+    (["--scale", "3", "--interval", "0.3", "0.4"], {}),  # it contains no time of the grid
     (["--scale", "3", "--guide", "stage2.pt"], {}),
     (["--unconditional", "--per-class", 4], dict(labels=[6] * 4)),
 ])
-def test_published_files_draw_what_the_models_give(tmp_path, arguments, settings):
-    """`sample.py --dit stage2_model.pt --decoder model.pt --stats stat.pt --classes ...`, against the formulas."""
+def test_samples_of_published_files_equal_the_formulas(tmp_path, arguments, settings):
+    """`sample.py --dit stage2_model.pt --decoder model.pt --stats stat.pt --classes ...`"""
     classes = [] if "--unconditional" in arguments else ["--classes", 4, 0, "--per-class", 2]
-    drawn = images(tmp_path / "x.npz", *PUBLISHED, *classes, *arguments)
+    sampled = images(tmp_path / "x.npz", *PUBLISHED, *classes, *arguments)
     settings = dict(labels=[4, 4, 0, 0]) | settings
     if "guide" in settings:
         settings["guide"] = diffusion_model(seed=1)
-    assert same(drawn, by_hand(**settings))
-    assert drawn.std() > 10 and ((drawn > 0) & (drawn < 255)).mean() > 0.5, "the test can see differences"
+    assert same(sampled, by_hand(**settings))
+    assert sampled.std() > 10 and ((sampled > 0) & (sampled < 255)).mean() > 0.5, "differences have an effect"
     for other in ({}, dict(seed=7), dict(scale=3.0), dict(labels=[6] * 4)):
         if dict(labels=[4, 4, 0, 0]) | other != settings:
-            assert not same(drawn, by_hand(**(dict(labels=[4, 4, 0, 0]) | other))), other
+            assert not same(sampled, by_hand(**(dict(labels=[4, 4, 0, 0]) | other))), other
 
 
 def by_sampler(model, labels, shift):
-    """What `model` and our decoder draw, with the statistics of our files."""
+    """The samples of `model` and our decoder, with the statistics of our files."""
     noise = dits.sample_noise(0, range(len(labels)), (8, 4, 4))
     x = dits.sample(dits.guided(model, torch.tensor(labels)), noise, 4, shift)
     return decoders.to_uint8(small_decoder(**OUR_PIXELS)(dits.denormalize(x, torch.load("dit.pt")["stats"]))).numpy()
 
 
-def test_our_files_know_their_statistics_shift_and_pixels(tmp_path):
-    """A published model has the shift of its latents, here 1; diffusers' file has the statistics beside the decoder."""
+def test_statistics_shift_and_pixels_of_our_files(tmp_path):
+    """For a published model the shift is computed, here 1; diffusers' file has a decoder and the statistics."""
     stats = torch.load("dit.pt")["stats"]
     torch.save(stats, tmp_path / "stat.pt")
     torch.save(diffusers(small_decoder(**OUR_PIXELS), stats), tmp_path / "both.pt")
@@ -199,22 +196,22 @@ def test_our_files_know_their_statistics_shift_and_pixels(tmp_path):
         (1.0, [*bare, "--decoder", "decoder.pt", "--stats", tmp_path / "stat.pt"]),
         (1.0, [*bare, "--decoder", tmp_path / "both.pt", "--stats", tmp_path / "both.pt"]),
     ]):
-        drawn = images(tmp_path / f"{i}.npz", *flags, "--per-class", 1)
-        assert same(drawn, by_sampler(diffusion_model(), [1, 2], shift)), flags
+        sampled = images(tmp_path / f"{i}.npz", *flags, "--per-class", 1)
+        assert same(sampled, by_sampler(diffusion_model(), [1, 2], shift)), flags
 
 
-def test_compiled_blocks_meet_one_shape_and_draw_the_same(tmp_path, graphs):
-    """A smaller last batch is filled up: one graph for the decoder's blocks and one for those of model and guide."""
+def test_compiled_blocks_have_one_shape_and_the_same_samples(tmp_path, graphs):
+    """All batches have one size: one graph for the decoder's blocks and one for those of model and guide."""
     arguments = [*OURS, "--guide", "guide.pt", "--encoder", "random-tiny", "--scale", 2, "--num-samples", 5]
-    drawn = images(tmp_path / "compiled.npz", *arguments, "--batch", 3, "--compile", "on")
+    sampled = images(tmp_path / "compiled.npz", *arguments, "--batch", 3, "--compile", "on")
     assert len(graphs) == 2
-    assert same(drawn, images(tmp_path / "eager.npz", *arguments, "--batch", 5))
-    assert len(graphs) == 2, "on a CPU nothing is compiled unless it is asked for"
+    assert same(sampled, images(tmp_path / "eager.npz", *arguments, "--batch", 5))
+    assert len(graphs) == 2, "by default nothing is compiled on a CPU"
 
 
 def test_what_is_compiled(monkeypatch):
-    model = Namespace(to=lambda device: model, image_size=8, num_classes=6)
-    monkeypatch.setattr(sample, "load_models", lambda args: (model, None, {}, 1.0, model, []))
+    model = Namespace(to=lambda device: model, num_classes=6)
+    monkeypatch.setattr(sample, "load_models", lambda args: (model, None, model, dict(stats={}, shift=1.0)))
     monkeypatch.setattr(sample, "compile_blocks", lambda *models: made.append(models))
     monkeypatch.setattr(sample, "write_images", lambda *_: None)
     for row, compiled in {"cuda --num-samples 1000": True, "cuda --num-samples 999": False, "cuda": False,
@@ -240,7 +237,7 @@ THEIRS = {  # flag -> the authors' file at 256 px, at 512 px, and ours in its pl
 
 @pytest.mark.parametrize("preset, place, scale", [("imagenet256", 0, 1.42), ("imagenet512", 1, 1.5), ("", 2, 2.0)])
 def test_published_is_the_authors_files_with_their_guidance(preset, place, scale, monkeypatch, tmp_path):
-    """On a hub that holds these files alone. The last row: any flag takes a path on the hub, without --published."""
+    """The hub has only these files. The last row: without --published, each flag takes a path on the hub."""
     held, asked = {(AUTHORS if preset else "me/mine/deep/") + row[place]: row[2] for row in THEIRS.values()}, []
     monkeypatch.setattr("huggingface_hub.hf_hub_download",
                         lambda repository, path: asked.append(f"{repository}/{path}") or held[asked[-1]])
@@ -251,107 +248,118 @@ def test_published_is_the_authors_files_with_their_guidance(preset, place, scale
     for path, (flag, row) in zip(held, THEIRS.items(), strict=True):
         asked.clear()
         assert same(images(tmp_path / f"{flag}.npz", *flags, flag, row[2]), guided)
-        assert asked == [other for other in held if other != path], "the user's own takes its place"
+        assert asked == [other for other in held if other != path], "the file of the flag replaces it"
     if preset:
         asked.clear()
         assert same(images(tmp_path / "1.npz", *flags, "--scale", 1), by_hand([4, 0])) and asked == list(held)[:3]
-        drawn = images(tmp_path / "3.npz", *flags, "--scale", 3)
-        assert same(drawn, by_hand([4, 0], scale=3.0, guide=diffusion_model(seed=1))) and not same(drawn, guided)
+        sampled = images(tmp_path / "3.npz", *flags, "--scale", 3)
+        assert same(sampled, by_hand([4, 0], scale=3.0, guide=diffusion_model(seed=1))) and not same(sampled, guided)
 
 
-def test_a_bare_decoder_of_dinov3_puts_out_pixels_as_they_are(tmp_path):
-    """By --encoder, or by the record of the diffusion model."""
+def test_a_published_decoder_of_dinov3_has_neither_scale_nor_shift(tmp_path):
+    """The encoder is named by --encoder, or by the record of the diffusion model."""
     torch.save(torch.load("dit.pt") | dict(shift=1.0, encoder=RECORD | dict(name="dinov3-l")), tmp_path / "dit.pt")
     expected = by_hand([4, 0], pixels=dict(mean=(0.0,) * 3, std=(1.0,) * 3))
     for flags in (["--encoder", "dinov3-s"], ["--dit", tmp_path / "dit.pt"]):
         assert same(images(tmp_path / f"{flags[0]}.npz", *PUBLISHED, *TWO, *flags), expected)
 
 
-def test_layers_make_a_pair(capsys, tmp_path):
-    """A diffusion model and a decoder of other layers don't go together; --layers says it for files that don't."""
+def test_layers_must_be_the_same_in_both_files(capsys, tmp_path):
+    """--layers are those of files that do not name them."""
     bare = [*PUBLISHED, "--decoder", "decoder_02.pt", "--encoder", "random-tiny"]
     alone = ["--dit", "dit_02.pt"]
     for flags in ([*OURS, "--decoder", "decoder_02.pt"], [*OURS, *alone], bare, [*bare, "--layers", 0, 1]):
         line = refused(capsys, *flags, "--out", tmp_path / "x.png")
-        assert "random-tiny, layers 0 2" in line and "give a matching pair" in line
+        assert all(part in line for part in ("--decoder decoder", "random-tiny, layer 0 2", "give another file")), line
     pair = [*alone, "--decoder", "decoder_02.pt"]
     line = refused(capsys, *pair, "--guide", "dit.pt", "--scale", 2, "--out", tmp_path / "x.png")
-    assert "--guide dit.pt differs in encoder" in line and not list(tmp_path.iterdir())
+    assert "--guide dit.pt is for latents of random-tiny, layer the last" in line and not list(tmp_path.iterdir())
     for flags in (pair, [*bare, "--layers", 0, 2]):
         run(tmp_path / "x.png", *flags, "--classes", 4)
 
 
-def labels_of(classes=(), names=(), num_classes=6, **other):
+def choose_labels(classes=(), names=(), num_classes=6, **other):
     args = dict(classes=list(classes), per_class=1, num_samples=0, unconditional=False, dit="dit.pt", seed=0) | other
-    return sample.labels_of(Namespace(**args), Namespace(num_classes=num_classes, null_class=num_classes), list(names))
+    return sample.choose_labels(Namespace(**args), Namespace(num_classes=num_classes, null_class=num_classes), names)
 
 
 def test_labels(capsys):
-    assert labels_of(["3", "1"], per_class=2) == [3, 3, 1, 1]
-    assert labels_of(num_classes=1000) == list(range(10)), "the model's own first ten"
-    assert labels_of(per_class=2) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "or as many as it has"
-    assert labels_of(num_samples=3, unconditional=True) == [6, 6, 6]
-    assert labels_of(num_samples=3, num_classes=0) == labels_of(num_classes=0, per_class=3) == [0, 0, 0]
-    months = sorted(map(str, range(1, 13)))  # 1, 10, 11, 12, 2, ...: folders in the order of their names
+    assert choose_labels(["3", "1"], per_class=2) == [3, 3, 1, 1]
+    assert choose_labels(num_classes=1000) == list(range(10)), "the first ten"
+    assert choose_labels(per_class=2) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "or all"
+    assert choose_labels(num_samples=3, unconditional=True) == [6, 6, 6]
+    assert choose_labels(num_samples=3, num_classes=0) == choose_labels(num_classes=0, per_class=3) == [0, 0, 0]
+    months = sorted(map(str, range(1, 13)))  # 1, 10, 11, 12, 2, ...: as folders are sorted
     capsys.readouterr()
-    assert labels_of(["1", "10", "0", "9"], names=months, num_classes=12) == [0, 1, 0, 11], "a name before a number"
-    assert capsys.readouterr().out == "drawing 1 of each class: 0 1, 1 10, 0 1, 11 9\n"
+    assert choose_labels(["1", "10", "0", "9"], names=months, num_classes=12) == [0, 1, 0, 11], "names before numbers"
+    assert capsys.readouterr().out == "1 samples of each class: 0 1, 1 10, 0 1, 11 9\n"
 
 
 def test_labels_for_scores_are_balanced_and_shuffled():
-    labels = labels_of(num_samples=50000, num_classes=1000)
+    labels = choose_labels(num_samples=50000, num_classes=1000)
     assert np.bincount(labels).tolist() == [50] * 1000
     splits = [np.bincount(part, minlength=1000) for part in np.split(np.array(labels), 10)]
-    # In turn, each class would have 5 in each split of 5,000. Drawn from all, their variance is 5 x 0.9.
+    # With labels in turn each class would have 5 in each split of 5,000. Shuffled, the variance is 5 x 0.9.
     assert all(3.9 < split.var() < 5.1 for split in splits)
     for batch, seed, count in [(7, 0, 50000), (1, 1, 50000), (1, 0, 51000)]:
-        other = labels_of(num_samples=count, num_classes=1000, batch=batch, seed=seed)
+        other = choose_labels(num_samples=count, num_classes=1000, batch=batch, seed=seed)
         assert (other[:50000] == labels) == (batch == 7) and np.ptp(np.bincount(other)) == 0
-    assert np.ptp(np.bincount(labels_of(num_samples=20))) == 1, "20 samples of 6 classes: 3 or 4 of each"
+    assert np.ptp(np.bincount(choose_labels(num_samples=20))) == 1, "20 samples of 6 classes: 3 or 4 of each"
 
 
 def test_num_samples_and_unconditional_models(tmp_path):
-    drawn = images(tmp_path / "shuffled.npz", *PUBLISHED, "--num-samples", 8, "--seed", 3)
+    sampled = images(tmp_path / "shuffled.npz", *PUBLISHED, "--num-samples", 8, "--seed", 3)
     order = np.random.default_rng((3, 8)).permutation(8) % 6
-    assert same(drawn, by_hand(order.tolist(), seed=3)) and order.tolist() != sorted(order)
-    drawn = images(tmp_path / "u.npz", *OURS, "--dit", "unconditional.pt", "--num-samples", 3)
-    assert same(drawn, by_sampler(diffusion_model(num_classes=0), [0] * 3, 20.0))
+    assert same(sampled, by_hand(order.tolist(), seed=3)) and order.tolist() != sorted(order)
+    sampled = images(tmp_path / "u.npz", *OURS, "--dit", "unconditional.pt", "--num-samples", 3)
+    assert same(sampled, by_sampler(diffusion_model(num_classes=0), [0] * 3, 20.0))
 
 
 def test_trajectory(tmp_path):
-    """A row for each sample, eight columns: the estimates x_t - t v of eight steps, from t = 1 to the sample."""
-    arguments = [*PUBLISHED, *TWO, "--steps", 12, "--scale", 60]  # so that the steps differ
-    rows = images(tmp_path / "rows.npz", *arguments, "--trajectory")
-    assert rows.shape == (2 * 8, 8, 8, 3)
-    rows = rows.reshape(2, 8, 8, 8, 3)
-    drawn = images(tmp_path / "drawn.npz", *arguments)
-    assert same(rows[:, -1], drawn), "the last one is the sample that is drawn without the flag"
+    """A row for each sample, one per class by default; eight columns, the estimates x_t - t v from t = 1 to t = 0."""
+    arguments = [*PUBLISHED, "--steps", 12, "--scale", 60, "--classes", 4, 0]  # at this scale all steps differ
+    rows = images(tmp_path / "rows.npz", *arguments, "--trajectory").reshape(2, 8, 8, 8, 3)
+    sampled = images(tmp_path / "sampled.npz", *arguments, "--per-class", 1)
+    assert same(rows[:, -1], sampled), "the last column is the sample"
     estimates = by_hand([4, 0], scale=60.0, steps=12, trajectory=True)  # 12 of (2, 8, 8, 3)
-    steps = [0, 2, 3, 5, 6, 8, 9, 11]  # of 12, evenly spaced: t = 1 - step / 12 falls from column to column
+    steps = [0, 2, 3, 5, 6, 8, 9, 11]  # of 12, evenly spaced: t = 1 - step / 12
     assert same(rows, np.stack([estimates[step] for step in steps], 1))
-    for column, step in enumerate(steps[:5]):  # the step after it would show; towards the end they differ by too little
+    for column, step in enumerate(steps[:5]):  # the last steps differ by less than the tolerance
         assert not same(rows[:, column], estimates[step + 1])
+    three = images(tmp_path / "three.npz", *PUBLISHED, "--steps", 8, "--classes", 4, "--per-class", 3, "--trajectory")
+    assert len(three) == 3 * 8 and same(three[7::8], by_hand([4] * 3, steps=8))
 
 
-def test_a_grid_is_row_by_row_and_replaced(tmp_path, capsys):
+def test_a_png_is_row_by_row_and_replaced(tmp_path, capsys):
     out = tmp_path / "new" / "grid.png"
     for seed in (1, 0):
         run(out, *PUBLISHED, "--classes", 4, 0, 5, "--per-class", 2, "--seed", seed)
     shown = np.asarray(Image.open(out))
     assert shown.shape == (3 * 8 + 2 * 2, 2 * 8 + 2, 3) and (shown[8:10] == 255).all() and (shown[:, 8:10] == 255).all()
     for i, image in enumerate(by_hand([4, 4, 0, 0, 5, 5])):
-        top, left = i // 2 * 10, i % 2 * 10
-        assert same(shown[top : top + 8, left : left + 8], image)
-    assert [path.name for path in out.parent.iterdir()] == ["grid.png"], "nothing else is left"
+        assert same(shown[i // 2 * 10 :, i % 2 * 10 :][:8, :8], image)
+    assert [path.name for path in out.parent.iterdir()] == ["grid.png"], "and no temporary file"
     assert f"6 images in {out}" in capsys.readouterr().out
     run(out, *PUBLISHED, "--num-samples", 3)
-    assert Image.open(out).size == (3 * 8 + 2 * 2, 8), "a row that is not full has no empty places"
+    assert Image.open(out).size == (3 * 8 + 2 * 2, 8), "three columns, not eight"
     run(out, *PUBLISHED, *TWO, "--trajectory", "--steps", 8)
     assert Image.open(out).size == (8 * 8 + 7 * 2, 2 * 8 + 2), "eight columns, a row for each sample"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The npz
+# Batches and the npz
+
+
+def test_rank_batches():
+    """All ranks have the same number and size of batches, with every index in the order in which they are gathered."""
+    cases = itertools.product(range(1, 60), (1, 2, 5, 8), (1, 2, 3, 8))
+    for count, batch, ranks in [*cases, (50000, 32, 8), (50001, 32, 8)]:
+        parts = [sample.rank_batches(count, batch, rank, ranks) for rank in range(ranks)]
+        gathered = [part for together in zip(*parts, strict=True) for part in together]
+        indices = [i for part in gathered for i in part]
+        assert len({len(part) for part in gathered}) == 1 and 0 < len(gathered[0]) <= batch
+        assert indices == list(range(len(indices))) and count <= len(indices) < count + len(gathered)
+        assert len(parts[0]) == math.ceil(count / (batch * ranks)), "no more batches than needed"
 
 
 def test_sample_i_is_the_same_for_any_batch_and_process_count(tmp_path):
@@ -363,15 +371,15 @@ def test_sample_i_is_the_same_for_any_batch_and_process_count(tmp_path):
     assert same(few, more[:2])
     two = tmp_path / "two" / "x.npz"
     printed = finish(*start_ranks("sample.py", *PUBLISHED, *QUICK, "--num-samples", 7, "--batch", 2, "--out", two))
-    assert two.read_bytes() == (tmp_path / "2.npz").read_bytes(), "2 processes write what 1 writes, byte for byte"
+    assert two.read_bytes() == (tmp_path / "2.npz").read_bytes(), "byte for byte as from one process"
     assert [path.name for path in two.parent.iterdir()] == ["x.npz"]
     assert f"7 images in {two}" in printed[0] and "images in" not in printed[1]
 
 
-@pytest.mark.parametrize("room, fits", [(884736, True), (720000, False)])
-def test_an_npz_needs_its_room_once(room, fits, tmp_path):
-    """240 samples of 32 px, 737,280 bytes, with room for 1.2 times as much: the run writes one file, and no file may be
-    larger than the room. With too little of it the run fails and leaves nothing."""
+@pytest.mark.parametrize("limit, fits", [(884736, True), (720000, False)])
+def test_an_npz_needs_no_more_space_than_its_size(limit, fits, tmp_path):
+    """240 samples of 32 px, 737,280 bytes, in one file; the limit for files is 1.2 times as much. With a smaller limit
+    the run fails and no file remains."""
     ours(tmp_path / "decoder.pt", "decoder", small_decoder(patch=8))
     written, watching = set(), [True]
 
@@ -379,9 +387,9 @@ def test_an_npz_needs_its_room_once(room, fits, tmp_path):
         if watching and event == "open" and (given[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             written.add(str(given[0]))
 
-    sys.addaudithook(note)  # it stays, and watches no more
+    sys.addaudithook(note)  # it cannot be removed
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         run(tmp_path / "new" / "x.npz", *OURS, "--decoder", tmp_path / "decoder.pt", "--num-samples", 240, "--steps", 1)
         assert fits
@@ -394,7 +402,7 @@ def test_an_npz_needs_its_room_once(room, fits, tmp_path):
     assert [path.stat().st_size > 737280 for path in (tmp_path / "new").iterdir()] == [True] * fits
 
 
-def test_an_npz_is_whole_and_refused_or_replaced(tmp_path, capsys):
+def test_an_npz_is_complete_and_refused_or_replaced(tmp_path, capsys):
     out = tmp_path / "x.npz"
     first = images(out, *PUBLISHED, "--num-samples", 3)
     assert first.dtype == np.uint8 and first.shape == (3, 8, 8, 3) and first.flags.c_contiguous
@@ -408,19 +416,19 @@ def test_an_npz_is_whole_and_refused_or_replaced(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, None), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupted_run_leaves_no_file(number, code, tmp_path, monkeypatch):
-    """Neither an incomplete npz nor a temporary file; what was there stays as it was. nohup's SIGHUP is ignored."""
+def test_after_an_interruption_no_file_remains(number, code, tmp_path, monkeypatch):
+    """Neither an incomplete npz nor a temporary file; an old npz is unchanged. Under nohup SIGHUP is ignored."""
     seen, draw = [], sample.to_uint8
 
     def interrupt_the_second(pixels):
         seen.append(sorted(path.name for path in tmp_path.iterdir()))
         if len(seen) == 2:
-            assert signal.getsignal(number) != signal.SIG_DFL  # or it would end the tests
+            assert signal.getsignal(number) != signal.SIG_DFL  # else it would end the tests
             os.kill(os.getpid(), number)
         return draw(pixels)
 
     monkeypatch.setattr(sample, "to_uint8", interrupt_the_second)
-    (tmp_path / "x.npz").write_text("what was there")
+    (tmp_path / "x.npz").write_text("an old file")
     arguments, before = [*PUBLISHED, "--num-samples", 6, "--batch", 2, "--overwrite"], signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
@@ -429,7 +437,7 @@ def test_an_interrupted_run_leaves_no_file(number, code, tmp_path, monkeypatch):
         assert not code or ended.value.code == code
         assert len(seen) == 2 and seen[1] == ["x.npz", "x.npz.tmp"]
         assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
-        assert (tmp_path / "x.npz").read_text() == "what was there"
+        assert (tmp_path / "x.npz").read_text() == "an old file"
         if number == signal.SIGHUP:
             seen.clear()
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -450,11 +458,11 @@ def reconstruct(image, **how):
 
 
 def test_reconstruct_a_photo(tmp_path):
-    """Beside its crop, which is ADM's: of a photo of exactly twice the size each pixel is the mean of four."""
+    """Next to ADM's crop; with a photo of exactly twice the size each pixel of it is the mean of four."""
     photo, pictures = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8), []
     Image.fromarray(photo).save(tmp_path / "photo.png")
     half = photo.reshape(64, 2, 64, 2, 3).mean((1, 3)).round().astype(np.uint8)
-    for name, layers in (("upsampling.pt", []), ("upsampling_02.pt", [0, 2])):  # the file's layers, not the flag's
+    for name, layers in (("upsampling.pt", []), ("upsampling_02.pt", [0, 2])):  # layers of the file, not of the flag
         flags = ["--decoder", name, "--reconstruct", tmp_path / "photo.png", "--layers", 1]
         shown = picture(tmp_path / "new" / "x.png", *flags)
         assert shown.shape == (64, 64 + 2 + 64, 3) and same(shown[:, :64], half)
@@ -464,7 +472,7 @@ def test_reconstruct_a_photo(tmp_path):
 
 
 def test_one_decoder_in_three_layouts_gives_one_picture(tmp_path, capsys):
-    """For an encoder of patch 16, named by flags where the file doesn't, of the last block and of two layers."""
+    """An encoder with patch 16, named by flags if the file does not name it; the last block, and two layers."""
     torch.manual_seed(0)
     name, weights = "vit_tiny_patch16_224", tmp_path / "vit.pt"
     torch.save(timm.create_model(name).state_dict(), weights)
@@ -491,9 +499,11 @@ def test_one_decoder_in_three_layouts_gives_one_picture(tmp_path, capsys):
 def test_reconstruct_a_folder(tmp_path, workers, capfd):
     folder = make_images(tmp_path / "in", 5, size=(90, 70))
     arguments = ["--decoder", "upsampling.pt", "--reconstruct", folder, "--batch", 2, "--workers", workers]
-    drawn = images(tmp_path / "recon.npz", *arguments)
+    sampled = images(tmp_path / "recon.npz", *arguments)
     paths = sorted(folder.iterdir())
-    assert same(drawn, np.stack([reconstruct(encoders.center_crop(Image.open(path), 64)) for path in paths]))
+    assert same(sampled, np.stack([reconstruct(encoders.center_crop(Image.open(path), 64)) for path in paths]))
+    finish(*start_ranks("sample.py", *QUICK, *arguments, "--out", tmp_path / "two.npz"))
+    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "recon.npz").read_bytes(), "two processes, byte for byte"
     for path in (broken := [paths[0], paths[2], paths[3]]):
         os.truncate(path, 60)
     capfd.readouterr()
@@ -501,16 +511,6 @@ def test_reconstruct_a_folder(tmp_path, workers, capfd):
         run(tmp_path / "other" / "recon.npz", *arguments)
     lines = [line for line in capfd.readouterr().err.splitlines() if "read" in line]
     assert exit.value.code == 2 and len(lines) == len(broken) + 1, lines
-    for path in broken:
-        assert sum(f"cannot read {path} (" in line for line in lines) == 1, "every one is named once"
+    assert all(sum(f"cannot read {path} (" in line for line in lines) == 1 for path in broken), "each is named once"
     assert lines[-1].endswith(f"3 images in {folder} cannot be read, see above: repair or remove them")
-    assert not list((tmp_path / "other").iterdir()), "and nothing is written"
-
-
-def test_two_processes_reconstruct_as_one(tmp_path):
-    """Byte for byte."""
-    folder = make_images(tmp_path / "in", 5, size=(90, 70))
-    flags = ["--decoder", "upsampling.pt", "--reconstruct", folder, "--batch", 2, "--workers", 0, *QUICK]
-    images(tmp_path / "one.npz", *flags)
-    finish(*start_ranks("sample.py", *flags, "--out", tmp_path / "two.npz"))
-    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+    assert not list((tmp_path / "other").iterdir()), "no file is written"

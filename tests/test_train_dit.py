@@ -1,4 +1,4 @@
-"""train_dit.py through its real main(), in small, against closed forms, second ways to compute the same, and itself."""
+"""train_dit.py through its main(), with tiny models, against definitions, closed forms and other runs of itself."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ import dit
 import encoder
 import train_dit
 
-# One epoch of `shapes` at this batch is 1,000 steps. No decoder is found, so no previews are drawn.
+# One epoch of `shapes` at this batch is 1,000 steps. There is no decoder, so there are no previews.
 TINY = ["--preset", "demo", "--batch", "8", "--micro-batch", "8", "--size", "32", "--lr", "3e-3", "--lr-end", "3e-4",
         "--warmup", "0", "--decay-start", "9", "--decay-end", "14", "--ema", "0.995", "--shift-base", "512",
         "--precision", "float32", "--stats-images", "16", "--log-every", "1", "--device", "cpu"]
@@ -47,20 +47,20 @@ def train(out, *flags, steps=None):
 
 
 def refused(capsys, *flags):
-    """The last line that the script prints before it ends with 2."""
+    """The last line of the script's output; its exit code must be 2."""
     with pytest.raises(SystemExit, match="2"):
         train_dit.main([*TINY, "--epochs", "0.001", *map(str, flags)])
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def distance(a, b):
-    """Largest difference between two state dicts, in units of the learning rate: Adam moves a weight by about 1."""
+    """Largest difference between two state dicts, divided by the learning rate: a step of Adam is about 1."""
     assert a.keys() == b.keys()
     return max((a[key] - b[key]).abs().max().item() for key in a) / 3e-3
 
 
 def make_alive(path, num_classes=CLASSES, **config):
-    """A dit.pt whose every part matters: random weights instead of the zeros of a new model."""
+    """Save a dit.pt with random weights; a new model has zeros, with which many parts have no effect."""
     torch.manual_seed(1)
     model = dit.DiT(*SHAPE[:2], num_classes, **dit.SIZES["DiT-DH-tiny"] | config)
     for parameter in model.parameters():
@@ -79,7 +79,7 @@ def make_stats(path, shape=SHAPE):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Three steps of batch 8 in one process; (folder, last.pt)."""
+    """Three steps of batch 8 in one process -> (folder, last.pt)."""
     out = tmp_path_factory.mktemp("base")
     return out, train(out, "--keep-every", 1, steps=3)
 
@@ -92,7 +92,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder_path(tmp_path_factory):
-    """A decoder of the demo's latents with random weights, strong enough to fill the range of the pixels."""
+    """A decoder of the demo's latents, with random weights large enough to use the whole range of pixels."""
     torch.manual_seed(0)
     C, grid, _ = SHAPE
     model = decoder.Decoder(C, grid, 32 // grid, 64, 1, 4, 128, RECORD["mean"], RECORD["std"])
@@ -105,7 +105,7 @@ def decoder_path(tmp_path_factory):
 
 @pytest.fixture
 def built(monkeypatch):
-    """The models and averages that main() builds: [(model, average), ...]."""
+    """The models and EMAs that main() builds: [(model, ema), ...]."""
     seen, deepcopy = [], train_dit.copy.deepcopy
 
     def spy(value, *memo):
@@ -143,26 +143,25 @@ def test_defaults_are_the_recipe(flags, differs):
     _, args = train_dit.parse_args(["--data", "x", *flags])
     machine = dict(workers=args.workers, device=args.device, micro_batch=args.micro_batch)
     assert vars(args) == RECIPE | differs | machine
-    # An 80 GB GPU: weights, gradient, two moments, average, then what backward keeps, 1.10 GB for each 256-px image.
+    # For 80 GB: weights, gradients, two moments and the EMA; activations take 1.10 GB for an image of 256 px.
     assert 5 * 4 * 0.8384 + 1.10 * (args.size / 256) ** 2 * args.micro_batch < 70
 
 
 def test_learning_rate():
-    def lr_at(epoch, *flags, steps=100):
-        """At an epoch of so many steps."""
+    def lr_at(epoch, *flags, steps=100):  # in an epoch
         args = train_dit.parse_args(["--data", "x", *flags])[1]
         return train_dit.lr_at(round(epoch * steps), args, steps)
 
     for epoch, lr in [(0, 2e-4), (40, 2e-4), (80, 1.90526e-4), (420, 1.1e-4), (800, 2e-5), (900, 2e-5)]:
         assert lr_at(epoch) == lr_at(epoch, steps=1251) == pytest.approx(lr, rel=1e-5)
-    # Linear warm-up over 5 epochs of 100 steps: the first step has a 500th already, the 500th all of it.
+    # Linear warm-up over 5 epochs of 100 steps: the first step has 1/500 of the rate, the 500th all of it.
     for step, part in [(0, 1 / 500), (1, 2 / 500), (249, 0.5), (499, 1), (500, 1), (3000, 1)]:
         assert lr_at(step / 100, "--warmup", "5") == pytest.approx(part * 2e-4)
     assert lr_at(0, "--warmup", "0") == 2e-4
-    # Warm-up and decay multiply where they overlap.
+    # Warm-up and decay are multiplied if they overlap.
     both = ["--warmup", "5", "--decay-start", "0", "--decay-end", "10", "--lr-end", "0"]
     assert lr_at(2.49, *both) == pytest.approx(2e-4 * 0.5 * (1 - 0.249))
-    for end in ([], ["--decay-end", "0"], ["--decay-end", "inf"]):  # a plain DiT's never decays
+    for end in ([], ["--decay-end", "0"], ["--decay-end", "inf"]):  # that of a plain DiT never decays
         assert [lr_at(epoch, "--model", "DiT-XL", *end) for epoch in (0, 79, 999)] == [2e-4] * 3
     assert lr_at(0, "--model", "DiT-XL", "--warmup", "5") == pytest.approx(2e-4 / 500)
 
@@ -170,7 +169,7 @@ def test_learning_rate():
 @pytest.mark.parametrize("epochs", [18, 100])
 def test_the_demo_decays_until_its_end(epochs):
     _, args = train_dit.parse_args(["--preset", "demo", "--epochs", str(epochs), "--warmup", "0"])
-    assert args.decay_end == 0, "which last.pt keeps: the run may grow longer"
+    assert args.decay_end == 0, "as in last.pt, so a resumed run may be longer"
     assert args.decay_start < epochs
     for share, lr in [(0, args.lr), (0.5, (args.lr + args.lr_end) / 2), (1, args.lr_end)]:
         epoch = args.decay_start + share * (epochs - args.decay_start)
@@ -179,7 +178,7 @@ def test_the_demo_decays_until_its_end(epochs):
 
 def test_bad_values_are_refused_in_one_line(tmp_path, capsys):
     for flags, said in [
-            ("--decay-start 5 --decay-end 4", "--decay-start 5 comes after --decay-end 4"),
+            ("--decay-start 5 --decay-end 4", "--decay-end 4 is before --decay-start 5"),
             ("--stats-images 7", "7 images are too few for latent statistics: give at least 8, or --stats stat.pt")]:
         assert f"error: {said}" in refused(capsys, *flags.split(), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -192,11 +191,11 @@ def test_learning_rate_of_the_steps(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is drawn, and the loss
+# Random numbers of a step, the loss, the latent statistics
 
 
 def encoded(index, *numbers, layers=()):
-    """An image of `shapes` by its definition -> (its latents, its label, the key that all is drawn from)."""
+    """An image of `shapes` by its definition -> (latents, label, key, the seed of all its random numbers)."""
     key = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
     image, label = encoder.Shapes(8000, 32).open(index)
     pixels = torch.from_numpy(np.asarray(image).copy())
@@ -206,7 +205,7 @@ def encoded(index, *numbers, layers=()):
 
 
 def by_hand(index, place, stats):
-    """One image's part of the first step, from the definitions: latents x, noise, unshifted t, dropped, label."""
+    """An image of the first step by the definitions -> (latents x, noise, unshifted t, label is dropped, label)."""
     z, label, key = encoded(index, 0, 0, place)
     generator = torch.Generator().manual_seed(key)
     noise = torch.randn(SHAPE, generator=generator)
@@ -216,13 +215,13 @@ def by_hand(index, place, stats):
 
 
 def test_bins_of_time():
-    bins = train_dit.by_time(torch.arange(7.0), torch.tensor([0, 0.19, 0.2, 0.5, 0.79, 0.8, 1.0]))
+    bins = train_dit.losses_by_time(torch.arange(7.0), torch.tensor([0, 0.19, 0.2, 0.5, 0.79, 0.8, 1.0]))
     assert {name: value[value.isfinite()].tolist() for name, value in bins.items()} == {
         "loss_t0.0": [0, 1], "loss_t0.2": [2], "loss_t0.4": [3], "loss_t0.6": [4], "loss_t0.8": [5, 6]}
 
 
 def test_first_step_from_the_definitions(tmp_path, monkeypatch):
-    """What the model sees: x_t, t and labels, dropped ones included. A new one says v = 0: its loss is (eps - x)^2."""
+    """The model's inputs: x_t, t, labels with dropout. A new model returns v = 0, so its loss is (eps - x)^2."""
     seen = []
     forward = dit.DiT.forward
     monkeypatch.setattr(dit.DiT, "forward", lambda self, *xty: seen.append(xty) or forward(self, *xty))
@@ -246,32 +245,32 @@ def test_first_step_from_the_definitions(tmp_path, monkeypatch):
         assert (not inside and logged == "") or float(logged) == pytest.approx(np.mean(inside), rel=1e-4)
 
 
-def test_draws_depend_on_neither_batch_nor_rank():
+def test_random_numbers_depend_on_neither_batch_nor_rank():
     whole = next(encoder.training_batches(100, 8, 8, range(5, 6), 0))
     parts = [list(encoder.training_batches(100, 8, micro, range(5, 6), 0, rank, 2)) for rank, micro in ((0, 1), (1, 3))]
     assert [item for batches in parts for batch in batches for item in batch] == whole
     generator = torch.Generator()
     keys = torch.tensor([key for _, key in whole])
     labels = torch.arange(8)
-    at_once = train_dit.draw(keys, labels, SHAPE, CLASSES, 0.5, generator)
+    at_once = train_dit.step_randomness(keys, labels, SHAPE, CLASSES, 0.5, generator)
     assert (at_once[2] == CLASSES).any()
     for i in range(8):
-        alone = train_dit.draw(keys[i : i + 1], labels[i : i + 1], SHAPE, CLASSES, 0.5, generator)
+        alone = train_dit.step_randomness(keys[i : i + 1], labels[i : i + 1], SHAPE, CLASSES, 0.5, generator)
         assert all(torch.equal(a[i], b[0]) for a, b in zip(at_once, alone, strict=True))
     keys, labels = torch.arange(4000), torch.arange(4000) % 5
-    t, noise, given = train_dit.draw(keys, labels, (2, 1, 1), 5, 0.1, generator)
+    t, noise, given = train_dit.step_randomness(keys, labels, (2, 1, 1), 5, 0.1, generator)
     assert t.logit().mean().abs() < 0.06 and (t.logit().std() - 1).abs() < 0.04
     assert noise.mean().abs() < 0.04 and (noise.std() - 1).abs() < 0.03
     dropped = given == 5
     assert 0.08 < dropped.float().mean() < 0.12 and torch.equal(given[~dropped], labels[~dropped])
-    assert (train_dit.draw(keys, labels, (2, 1, 1), 5, 1.0, generator)[2] == 5).all()
-    assert torch.equal(train_dit.draw(keys, labels, (2, 1, 1), 5, 0.0, generator)[2], labels)
+    assert (train_dit.step_randomness(keys, labels, (2, 1, 1), 5, 1.0, generator)[2] == 5).all()
+    assert torch.equal(train_dit.step_randomness(keys, labels, (2, 1, 1), 5, 0.0, generator)[2], labels)
 
 
 @pytest.mark.parametrize("layers", [[], [0, 2]])
 def test_statistics_of_the_latents(layers, tmp_path, decoder_path):
-    """Over the images of --stats-images, centre-cropped and flipped, as the definitions say. Layers are recorded, and
-    make the latents, of which previews are."""
+    """Equal their definition, over --stats-images images, centre-cropped and flipped. --layers are in the record and
+    used for the latents and the previews."""
     torch.save(read(decoder_path) | dict(encoder=RECORD | dict(layers=layers)), tmp_path / "decoder.pt")
     flags = ["--layers", *layers[::-1]] if layers else []
     last = train(tmp_path / "out", *flags, "--decoder", tmp_path / "decoder.pt", steps=1)
@@ -286,7 +285,7 @@ def test_statistics_of_the_latents(layers, tmp_path, decoder_path):
     assert (tmp_path / "out" / "preview-1.png").exists()
 
 
-def test_given_statistics_are_used_and_must_make_sense(tmp_path, monkeypatch, capsys):
+def test_given_statistics_are_used_or_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_dit, "measure_statistics", None)
     last = train(tmp_path / "out", "--stats", make_stats(tmp_path / "stat.pt"), steps=1)
     assert (last["stats"]["var"] == 2).all() and (last["stats"]["mean"] == 0).all()
@@ -295,10 +294,10 @@ def test_given_statistics_are_used_and_must_make_sense(tmp_path, monkeypatch, ca
         stats[key][0, 0, 0] = value
         torch.save(stats, tmp_path / "bad.pt")
         line = refused(capsys, "--stats", tmp_path / "bad.pt", "--out", tmp_path / "bad")
-        assert f"--stats {tmp_path}/bad.pt holds no latent statistics for this model (ValueError: it has values" in line
+        assert f"{tmp_path}/bad.pt: the latent statistics, " in line and "are not finite, negative, or not of" in line
 
 
-def test_unconditional_training_sees_the_null_class_alone(tmp_path, decoder_path, monkeypatch):
+def test_unconditional_training_uses_the_null_class_alone(tmp_path, decoder_path, monkeypatch):
     seen = set()
     forward = dit.DiT.forward
     monkeypatch.setattr(dit.DiT, "forward", lambda self, x, t, y: seen.update(y.tolist()) or forward(self, x, t, y))
@@ -310,7 +309,7 @@ def test_unconditional_training_sees_the_null_class_alone(tmp_path, decoder_path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One step is the same step, however it is computed
+# The same steps, computed in other ways
 
 
 @pytest.mark.parametrize("flags", [["--micro-batch", "2"], ["--micro-batch", "3"], ["--checkpointing"]], ids=str)
@@ -325,7 +324,7 @@ def test_accumulation_and_checkpointing_equal_the_whole_batch(flags, base, tmp_p
 
 @pytest.fixture
 def gradients(monkeypatch):
-    """The gradient of each step, before Adam, which turns small differences into large ones."""
+    """The gradient of each step: Adam, which comes next, amplifies small differences."""
     seen, clip = [], train_dit.clip_grad_norm_
 
     def spy(parameters, largest):
@@ -338,7 +337,7 @@ def gradients(monkeypatch):
 
 
 def test_accumulated_gradient(tmp_path, gradients):
-    """4 x 2, and 3 + 3 + 2, against 8."""
+    """Micro-batches of 4 x 2, and of 3 + 3 + 2, against the batch of 8."""
     alive = make_alive(tmp_path / "init.pt")
     for micro in (8, 2, 3):
         train(tmp_path / str(micro), "--micro-batch", micro, "--init", alive, steps=1)
@@ -347,9 +346,9 @@ def test_accumulated_gradient(tmp_path, gradients):
         assert (whole - other).norm() < 1e-5 * whole.norm()
 
 
-def test_compiled_step_and_average(tmp_path, built, gradients, graphs, monkeypatch):
-    """A compiled step equals an eager one, and the EMA neither runs the live weights nor moves with them."""
-    monkeypatch.setitem(dit.SIZES, "DiT-DH-tiny", dict(width=128, depth=2, heads=2))  # tracing takes its time
+def test_compiled_step_and_ema(tmp_path, built, gradients, graphs, monkeypatch):
+    """A compiled step equals an eager one, and the EMA does not use the weights that are trained."""
+    monkeypatch.setitem(dit.SIZES, "DiT-DH-tiny", dict(width=128, depth=2, heads=2))  # tracing takes long
     alive = make_alive(tmp_path / "init.pt")
     train(tmp_path / "compiled", "--compile", "on", "--init", alive, steps=1)
     assert len(graphs) == 2, "one for the blocks of the encoder, one for those of the model"
@@ -377,7 +376,7 @@ def test_optimiser_and_clipping(base, tmp_path):
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.9, 0.95), 0, 1e-8)
     torch.manual_seed(0)
     new = dit.DiT(*SHAPE[:2], CLASSES, **MODEL).state_dict()
-    clipped = train(tmp_path / "clipped", "--clip", 1e-12, steps=1)  # so far below Adam's eps nothing moves
+    clipped = train(tmp_path / "clipped", "--clip", 1e-12, steps=1)  # far below Adam's eps, so no weight changes
     assert distance(clipped["model"], new) < 1e-3
     free = train(tmp_path / "free", "--clip", 0, steps=1)
     assert distance(free["model"], new) == pytest.approx(1, rel=0.01)
@@ -385,7 +384,7 @@ def test_optimiser_and_clipping(base, tmp_path):
 
 
 def test_bf16_stays_near_float32(tmp_path, gradients, monkeypatch):
-    """Under autocast the head's residual stream and what goes into RMSNorm's mean square stay in float32."""
+    """Under autocast the head's residual stream and the input of RMSNorm's mean square are float32."""
     streams, norms = [], []
     forward, rms_norm = dit.Block.forward, torch.nn.RMSNorm.forward
     monkeypatch.setattr(dit.Block, "forward", lambda self, x, *more: streams.append(x.dtype) or forward(self, x, *more))
@@ -402,16 +401,16 @@ def test_bf16_stays_near_float32(tmp_path, gradients, monkeypatch):
 
 
 def test_two_processes_equal_one_and_stop_together(tmp_path):
-    """Two gloo processes, of which only the second gets a SIGTERM: both save and exit with 0, having done what one
-    process does with the whole batch."""
+    """Two gloo processes, of which only the second gets a SIGTERM: both stop after the same step and exit with 143, and
+    last.pt is as after these steps of one process with the whole batch."""
     two = tmp_path / "two"
     ranks = start_ranks("train_dit.py", *TINY, "--out", two, "--micro-batch", 2, "--epochs", 0.3)
     wait_for(lambda: (two / "log.csv").exists() and len(rows(two)) >= 4, *ranks)
     ranks[1].send_signal(signal.SIGTERM)
-    printed = finish(*ranks)
+    printed = finish(*ranks, code=128 + signal.SIGTERM)
     last = read(two / "last.pt")
     assert 4 <= last["step"] < 300
-    assert f"stopped and saved at step {last['step']}; the same command resumes" in printed[0]
+    assert f"stopped and saved at step {last['step']}; running the same command again resumes" in printed[0]
     assert "2 processes x 2 x 2" in printed[0] and "stopped" not in printed[1]
 
     one = train(tmp_path / "one", steps=last["step"])
@@ -423,33 +422,33 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The average of the weights
+# EMA
 
 
-def test_average_is_the_formula(base, tmp_path):
-    """w' = d w + (1 - d) w_live with d = n / (9 + n) at update n = 0, 1, ..., at most --ema; dit.pt has it."""
+def test_ema_is_the_formula(base, tmp_path):
+    """ema = d ema + (1 - d) model with d = n / (9 + n) at step n = 0, 1, ..., at most --ema; dit.pt has the EMA."""
     capped = train(tmp_path / "out", "--keep-every", 1, "--ema", 0.05, steps=3)
     for out, last, decay in [(*base, 2 / 11), (tmp_path / "out", capped, 0.05)]:
         first, second, third = (read(out / f"dit-{i}.pt")["model"] for i in (1, 2, 3))
-        for key, live in last["model"].items():
-            expected = decay * second[key] + (1 - decay) * live
+        for key, weight in last["model"].items():
+            expected = decay * second[key] + (1 - decay) * weight
             torch.testing.assert_close(third[key], expected, rtol=1e-5, atol=1e-7)
         assert_identical(read(out / "dit.pt")["model"], last["ema"])
         assert distance(third, last["model"]) > 1e-3
     one = train(tmp_path / "one", steps=1)
-    assert_identical(one["ema"], one["model"])  # of the initial weights nothing is left
+    assert_identical(one["ema"], one["model"])  # the initial weights have no part in it
     assert_identical(first, one["model"])
 
 
-def test_average_of_a_short_run_is_no_worse_than_its_weights(tmp_path):
-    """A hundred steps of the demo with a smaller batch."""
+def test_ema_of_a_short_run_is_no_worse_than_its_weights(tmp_path):
+    """After 100 steps of the demo with a smaller batch."""
     flags = "--preset demo --batch 8 --micro-batch 8 --stats-images 100 --device cpu --epochs 0.1".split()
     train_dit.main([*flags, "--out", str(tmp_path / "out")])
     last = read(tmp_path / "out" / "last.pt")
     images = torch.stack([torch.from_numpy(np.array(encoder.Shapes(8000, 32).open(i)[0])) for i in range(7900, 8000)])
     x = dit.normalize(encoder.Encoder("random-tiny", 32)(images.permute(0, 3, 1, 2) / 255), last["stats"])
     labels = torch.arange(7900, 8000) % CLASSES
-    t, noise, _ = train_dit.draw(torch.arange(len(x)), labels, SHAPE, CLASSES, 0.1, torch.Generator())
+    t, noise, _ = train_dit.step_randomness(torch.arange(len(x)), labels, SHAPE, CLASSES, 0.1, torch.Generator())
     t = dit.time_shift(t, last["shift"])
     model = dit.DiT(*SHAPE[:2], CLASSES, **MODEL)
     losses = {}
@@ -458,12 +457,12 @@ def test_average_of_a_short_run_is_no_worse_than_its_weights(tmp_path):
             model.load_state_dict(last[name])
             losses[name] = dit.flow_matching_loss(model, x, labels, t, noise).mean().item()
     print(losses)
-    assert losses["model"] < 1.7, "it has learnt: a new model has 2"
+    assert losses["model"] < 1.7, "a new model has 2"
     assert losses["ema"] < 1.1 * losses["model"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it writes
+# Output
 
 
 def test_log(base):
@@ -475,10 +474,10 @@ def test_log(base):
 
 
 def test_intervals_and_steps_are_rounded(folder, tmp_path, decoder_path, monkeypatch):
-    """20 images in batches of 8 are 2.5 steps an epoch, and 3.05 epochs are 7.6 steps: 8. Nothing else is rounded."""
+    """With 20 images in batches of 8 an epoch has 2.5 steps, and 3.05 epochs have 7.6: 8. Nothing else is rounded."""
     saved, save = [], train_dit.save_checkpoint
     monkeypatch.setattr(train_dit, "save_checkpoint", lambda files: saved.append(files) or save(files))
-    monkeypatch.setattr(train_dit, "sample", lambda velocity, noise, shift: noise)  # previews of noise: it takes long
+    monkeypatch.setattr(train_dit, "sample", lambda velocity, noise, shift: noise)  # sampling takes long
     flags = ["--data", folder, "--workers", 0, "--stats", make_stats(tmp_path / "stat.pt"), "--epochs", 3.05]
     out = tmp_path / "out"
     train(out, *flags, "--save-every", 3, "--keep-every", 4, "--preview-every", 5, "--log-every", 3, "--decoder",
@@ -496,12 +495,14 @@ def test_intervals_and_steps_are_rounded(folder, tmp_path, decoder_path, monkeyp
 # Fine-tuning
 
 
-STILL = ["--lr", 1e-9, "--lr-end", 0]  # the weights stay where they start
-OTHER_LATENTS = [(dict(name="mae-b"), "mae-b"), (dict(layers=[0, 2]), "random-tiny, layers 0 2")]
+STILL = ["--lr", 1e-9, "--lr-end", 0]  # the weights stay as they are
+OURS = f"random-tiny, layer the last, shape {SHAPE}"
+OTHER_LATENTS = [(dict(name="mae-b"), OURS.replace("random-tiny", "mae-b")),
+                 (dict(layers=[0, 2]), OURS.replace("the last", "0 2"))]
 
 
 def test_init_takes_weights_statistics_and_time_shift(tmp_path, built):
-    """Of our files. Of published ones the weights; the statistics are given, and the time shift is of the latents."""
+    """From our files. From published ones the weights; the statistics are given, the time shift is computed."""
     source = read(make_alive(tmp_path / "ours.pt"))
     torch.save({"ema": published_dit(dit.load_dit(tmp_path / "ours.pt")[0])}, tmp_path / "published.pt")
     stats = make_stats(tmp_path / "stat.pt")
@@ -513,10 +514,10 @@ def test_init_takes_weights_statistics_and_time_shift(tmp_path, built):
         assert_identical(last["stats"], expected)
         assert last["shift"] == read(tmp_path / name / "dit.pt")["shift"] == (3.0 if name == "ours" else SHIFT)
     given = train(tmp_path / "given", "--init", tmp_path / "ours.pt", "--stats", stats, *STILL, steps=1)
-    assert_identical(given["stats"], dit.load_stats(stats, SHAPE))  # what is given goes first
+    assert_identical(given["stats"], dit.load_stats(stats, SHAPE))  # --stats has priority
 
     (tmp_path / "ours.pt").unlink()
-    resumed = train(tmp_path / "ours", *STILL, steps=2)  # a resumed run needs it no more, nor its name
+    resumed = train(tmp_path / "ours", *STILL, steps=2)  # a resumed run needs neither the file nor the flag
     assert resumed["step"] == 2 and resumed["shift"] == 3.0
     assert_identical(resumed["stats"], source["stats"])
 
@@ -542,26 +543,24 @@ def test_init_that_does_not_fit_is_refused(tmp_path, capsys):
 
     make_alive(tmp_path / "ours.pt")
     torch.save(published_dit(dit.load_dit(tmp_path / "ours.pt")[0]), tmp_path / "bare.pt")
-    assert f"--init {tmp_path / 'bare.pt'} has no latent statistics with it: give them with --stats" in line(
-        tmp_path / "bare.pt")
+    path = tmp_path / "bare.pt"
+    assert f"--init {path} has no latent statistics: give them with --stats" in line(path)
     path = make_alive(tmp_path / "deep.pt", depth=9)
-    assert f"--init {path} is another model: depth 9 instead of {MODEL['depth']}; choose --model, --size" in line(path)
+    assert f"--init {path} is another model: depth 9 instead of 2; choose --model and --qk-norm" in line(path)
     assert "is another model: qk_norm False instead of True" in line(tmp_path / "ours.pt", "--qk-norm")
     for record, latents in OTHER_LATENTS:
         torch.save(read(tmp_path / "ours.pt") | dict(encoder=RECORD | record), tmp_path / "other.pt")
-        said = f"is for latents of {latents}, not of random-tiny: choose --encoder and --layers"
-        assert said in line(tmp_path / "other.pt")
-    assert "not of random-tiny, layers 0 1: choose" in line(tmp_path / "ours.pt", "--layers", 0, 1)
+        assert f"is for latents of {latents}, not of {OURS}: give another file, or" in line(tmp_path / "other.pt")
+    assert f"not of {OURS.replace('the last', '0 1')}: give" in line(tmp_path / "ours.pt", "--layers", 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures, files from elsewhere
+# Previews, files on the hub
 
 
-def test_previews_show_the_average_and_say_whose_decoder(tmp_path, decoder_path, capsys, monkeypatch):
+def test_previews_are_samples_of_the_ema(tmp_path, decoder_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    alive = make_alive(tmp_path / "init.pt")
-    train(out, "--decoder", decoder_path, "--init", alive, steps=3)
+    train(out, "--decoder", decoder_path, "--init", make_alive(tmp_path / "init.pt"), steps=3)
     assert "no previews" not in capsys.readouterr().out
     assert {path.name for path in out.glob("*.png")} == {"preview-3.png"}
     model, info = dit.load_dit(out / "dit.pt")
@@ -576,15 +575,15 @@ def test_previews_show_the_average_and_say_whose_decoder(tmp_path, decoder_path,
         assert abs(np.asarray(picture)[:32, : 4 * 34 - 2].astype(int) - expected).max() <= 1
 
     train(tmp_path / "none", "--decoder", decoder_path, "--preview-every", 0, steps=1)
-    assert not list((tmp_path / "none").glob("*.png"))
+    assert "no previews\n" in capsys.readouterr().out and not list((tmp_path / "none").glob("*.png"))
     monkeypatch.chdir(tmp_path)
-    found = tmp_path / "runs" / "demo" / "decoder" / "decoder.pt"  # not given, so one that doesn't fit is left out
-    found.parent.mkdir(parents=True)
+    (found := tmp_path / "runs" / "demo" / "decoder" / "decoder.pt").parent.mkdir(parents=True)  # used if it fits
     for record, _ in [({}, ""), *OTHER_LATENTS]:
         torch.save(read(decoder_path) | dict(encoder=RECORD | record), found)
         capsys.readouterr()
         train(tmp_path / f"found{len(record)}{record.get('name')}", steps=1)
-        assert ("; no previews\n" in capsys.readouterr().out) == bool(record)
+        said = "no previews: --decoder runs/demo/decoder/decoder.pt is for latents of" in capsys.readouterr().out
+        assert said == bool(record)
 
 
 def test_decoders_of_other_latents_are_refused(tmp_path, decoder_path, capsys):
@@ -595,17 +594,17 @@ def test_decoders_of_other_latents_are_refused(tmp_path, decoder_path, capsys):
         model = decoder.Decoder(*config, 8, 64, 1, 4, 128)
         torch.save(dict(kind="decoder", config=model.config, model=model.state_dict(), encoder=RECORD),
                    tmp_path / f"{name}.pt")
-    for name, theirs in (("name", f"{SHAPE} of mae-b"), ("layers", f"{SHAPE} of random-tiny, layers 0 2"),
-                         ("wide", (C + 1, grid, grid)), ("fine", (C, 2 * grid, 2 * grid))):
+    for name, theirs in (*zip(("name", "layers"), (latents for _, latents in OTHER_LATENTS), strict=True),
+                         ("wide", OURS.replace(str(SHAPE), str((C + 1, grid, grid)))),
+                         ("fine", OURS.replace(str(SHAPE), str((C, 2 * grid, 2 * grid))))):
         line = refused(capsys, "--decoder", tmp_path / f"{name}.pt", "--out", tmp_path / "out")
-        assert f"{name}.pt decodes {theirs}" in line and line.endswith(
-            f"this run draws {SHAPE} of random-tiny: give another --decoder, or --preview-every 0")
+        assert f"--decoder {tmp_path / name}.pt is for latents of {theirs}, not of {OURS}: give another file" in line
     assert not (tmp_path / "out").exists()
-    train(tmp_path / "out", "--decoder", tmp_path / "name.pt", "--preview-every", 0, steps=1)  # as it says
+    train(tmp_path / "out", "--decoder", tmp_path / "name.pt", "--preview-every", 0, steps=1)  # not loaded
 
 
 def test_files_on_the_hub_and_in_diffusers_layout(tmp_path, decoder_path, monkeypatch):
-    """hf:OWNER/REPO/PATH is asked for once by that name. A file of diffusers is a decoder, and statistics too."""
+    """hf:OWNER/REPO/PATH is requested by that name. A file of diffusers has a decoder and the statistics."""
     stats = {"mean": torch.full(SHAPE, 0.5), "var": torch.full(SHAPE, 4.0)}
     save_file(diffusers(decoder.load_decoder(decoder_path)[0], stats), tmp_path / "diffusers.safetensors")
     files = {("o/weights", "a/b/dit.pt"): make_alive(tmp_path / "init.pt"),
@@ -622,7 +621,7 @@ def test_files_on_the_hub_and_in_diffusers_layout(tmp_path, decoder_path, monkey
     assert np.array_equal(*pictures)
 
 
-def test_the_small_size_that_is_not_the_paper_s():
+def test_the_small_size_that_the_paper_does_not_have():
     with torch.device("meta"):
         model = dit.DiT(**dit.SIZES["DiT-DH-Ti"])
     assert list(dit.SIZES["DiT-DH-Ti"].values()) == [192, 12, 3, 768, 2, 12]
@@ -634,7 +633,7 @@ def test_the_small_size_that_is_not_the_paper_s():
 
 
 def test_one_step_at_full_width(tmp_path, monkeypatch):
-    """C = 768, 256 tokens: DINOv2-B with random weights and DiT-DH-S, whose head is wide enough for Theorem 1, of one
+    """C = 768, 256 tokens: DINOv2-B with random weights and DiT-DH-S, whose head is wide enough for Theorem 1, with one
     block each."""
     monkeypatch.setattr(train_dit, "Encoder", functools.partial(encoder.Encoder, depth=1))
     monkeypatch.setitem(dit.SIZES, "DiT-DH-S", dit.SIZES["DiT-DH-S"] | dict(depth=1, head_depth=1))
@@ -643,7 +642,7 @@ def test_one_step_at_full_width(tmp_path, monkeypatch):
     torch.save(vit.state_dict(), tmp_path / "vit.pt")
     make_images(tmp_path / "data", 8, size=(300, 300))
     written = {}
-    monkeypatch.setattr(train_dit, "save_checkpoint", written.update)  # 1.5 GB that tell nothing
+    monkeypatch.setattr(train_dit, "save_checkpoint", written.update)  # 1.5 GB, not needed
     train_dit.main(["--data", str(tmp_path / "data"), "--encoder-weights", str(tmp_path / "vit.pt"), "--model",
                     "DiT-DH-S", "--batch", "1", "--micro-batch", "1", "--epochs", "0.125", "--workers", "0",
                     "--log-every", "1", "--out", str(tmp_path / "out"), "--device", "cpu"])
